@@ -1,0 +1,20 @@
+"""Altsight learns to see from the web's alt text.
+
+The public Python interface is `altsight.api`; its names are importable from here and loaded on first use, so that
+`import altsight` and `altsight --help` stay fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from altsight.api import Run, View, evaluate, load, prepare, pretrain, study
+
+__version__ = "0.1.0"
+__all__ = ["Run", "View", "evaluate", "load", "prepare", "pretrain", "study"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("altsight.api"), name)
+    raise AttributeError(f"module 'altsight' has no attribute '{name}'")

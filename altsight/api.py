@@ -1,0 +1,76 @@
+"""The Python interface: `prepare`, `pretrain`, `load`, `evaluate`, `study`; what the command line does, as functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from altsight.data.prepare import PrepareConfig, Prepared, open_prepared
+from altsight.data.prepare import prepare as _prepare
+from altsight.evals import evaluate
+from altsight.evals.base import Task, View
+from altsight.evals.load import load_view, view_of
+from altsight.methods.base import Method
+from altsight.study.plan import Plan, read_plan
+from altsight.study.run import StudyResult
+from altsight.study.run import study as _study
+from altsight.train.loop import pretrain as _pretrain
+from altsight.train.run import Run, default_run
+
+__all__ = ["Run", "View", "default_run", "evaluate", "load", "prepare", "pretrain", "study"]
+
+
+def prepare(
+    source: str,
+    out: str | Path,
+    captions: Sequence[str] = ("{txt}",),
+    label: str = "",
+    tokenizer: str = "",
+    vocab_size: int = 8192,
+) -> Prepared:
+    """Index the tar shards at `source` and write index, statistics and tokenizer to the folder `out`.
+
+    Raises:
+        UserError: the source is missing, damaged, or has no captions.
+    """
+    return _prepare(PrepareConfig(source, Path(out), tuple(captions), label, tokenizer, vocab_size))
+
+
+def pretrain(run: Run[Any], out: str | Path = "", probe: Task | None = None) -> View:
+    """Pre-train `run` into the folder `out` (runs/NAME by default) and return the View of what was learned.
+
+    A folder that already holds this run goes on where it stopped. `probe`: a task for the online k-NN probe, taken
+    every `run.train.probe_every` samples.
+
+    Raises:
+        UserError: the run cannot be done as asked.
+    """
+    directory = Path(out or f"runs/{run.name}")
+
+    def online(method: Method) -> dict[str, float]:
+        view = dataclasses.replace(view_of(method, run.name), cache={})
+        results = evaluate(view, [probe] if probe else [], ["knn"])
+        return {f"probe/{r.task}/{r.metric}": r.value for r in results if r.value is not None}
+
+    _pretrain(run, open_prepared(Path(run.data.path)), directory, online if probe else None)
+    return load_view(directory)
+
+
+def load(path: str | Path) -> View:
+    """Return the View of the run in the folder `path`: `encode_image`, `encode_text`, `features`.
+
+    Raises:
+        UserError: the folder holds no run, or the run has no checkpoint yet.
+    """
+    return load_view(Path(path))
+
+
+def study(plan: Plan | str | Path, out: str | Path) -> StudyResult:
+    """Run the like-for-like study of `plan` (a Plan, or a TOML file) into the folder `out` and write report.html.
+
+    Raises:
+        UserError: the plan is wrong.
+    """
+    return _study(plan if isinstance(plan, Plan) else read_plan(Path(plan)), Path(out))

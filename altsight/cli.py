@@ -1,0 +1,61 @@
+"""The command line: `altsight COMMAND`. Each command is a tyro interface over frozen dataclasses.
+
+Nothing heavy is imported before the command is known, so that `altsight --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from altsight.core.errors import UserError, did_you_mean
+
+COMMANDS = {
+    "demo": "the like-for-like study on the embedded sample data, with a report",
+    "prepare": "index shards of images and text: offsets, statistics, tokenizer",
+    "check": "report on prepared data before a run",
+    "pretrain": "train one method on prepared data",
+    "eval": "evaluate trained runs",
+    "study": "compare methods like for like, as a plan says",
+}
+"""Name -> what it does. The function of the same name is in `altsight.commands`."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 stopped by a signal after saving, 2 a mistake to mend."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if argv[0] == "--version":
+        print(import_module("altsight").__version__)
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"there is no command '{argv[0]}'.{did_you_mean(argv[0], COMMANDS)}")
+        command: Callable[[list[str]], int | None] = getattr(import_module("altsight.commands"), argv[0])
+        return command(argv[1:]) or 0
+    except UserError as error:
+        print(f"altsight: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("altsight: stopped.", file=sys.stderr)
+        return 130
+
+
+def _help() -> str:
+    lines = [
+        "altsight: learns to see from the web's alt text.",
+        "",
+        "usage: altsight COMMAND [options]      altsight COMMAND --help",
+        "",
+        *(f"  {name:<10} {text}" for name, text in COMMANDS.items()),
+        "",
+        "First steps: `altsight demo`, then README.md.",
+    ]
+    return "\n".join(lines)

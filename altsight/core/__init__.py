@@ -1,0 +1,1 @@
+"""Types, keyed randomness, configuration and the process group: what every other floor stands on."""

@@ -1,0 +1,203 @@
+"""The evaluator contract, and the `View` that every evaluator sees.
+
+A View comes from a running training, a saved run or imported weights; the evaluators cannot tell which, and that is
+what makes their numbers comparable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from altsight.core.errors import UserError
+from altsight.data.sources import Pairs
+from altsight.data.views import center_crop
+from altsight.nn.encoder import Encoder, FeaturePoint
+from altsight.nn.text import TextTower
+
+ImageLike = str | Path | PIL.Image.Image | np.ndarray[Any, Any] | Tensor
+"""A path, a PIL image, an array or tensor of uint8 (H, W, 3) or (3, H, W)."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Encoded or decoded image -> what the encoder sees in evaluation: shorter side resized, centre cut, normalised."""
+
+    size: int
+    normalization: str = "imagenet"
+    crop_ratio: float = 1.0
+    interpolation: str = "bicubic"
+
+    def hash(self) -> str:
+        """Return 12 hex digits that name this preprocessing."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def __call__(self, data: bytes) -> Tensor:
+        """Return uint8 (3, size, size)."""
+        return center_crop(data, self.size, self.crop_ratio)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some samples of a source, under the name of their split."""
+
+    name: str
+    source: Pairs
+    cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Labels, captions and, where they are small, decoded images: read once for all the views that are compared."""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is evaluated: data with optional labels and captions.
+
+    label: JSON field with the class of a sample. prompts: templates with one `{}` for the class name (zero-shot).
+    """
+
+    name: str
+    train: Split
+    val: Split
+    test: Split
+    label: str = ""
+    prompts: tuple[str, ...] = ("{}",)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number and all that is needed to know what it means; `value` is None where it is not applicable."""
+
+    task: str
+    evaluator: str
+    metric: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    n: int = 0
+    split: str = "test"
+    feature_point: str = ""
+    preprocess: str = ""
+    data: str = ""
+    """Hash of the evaluation data: the images, labels and captions that were used, in order."""
+    note: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Yields results of a View on a Task; listed in `altsight.evals.EVALUATORS`.
+
+    Where the task lacks what is measured (labels, captions) it yields nothing; where the view lacks what it takes
+    (a text tower) it yields results whose value is None and whose note says so.
+    """
+
+    def __call__(self, view: View, task: Task) -> Iterator[Result]: ...
+
+
+@dataclass
+class View:
+    """An encoder ready to be evaluated: feature point, preprocessing, and the text tower if there is one."""
+
+    name: str
+    encoder: Encoder
+    preprocess: Preprocess
+    feature_point: FeaturePoint = "mean"
+    text: TextTower | None = None
+    image_projection: nn.Module | None = None
+    batch_size: int = 256
+    cache: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Features that were already extracted, by the name of what they come from."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder lives."""
+        return next(self.encoder.parameters()).device
+
+    @property
+    def is_dual(self) -> bool:
+        """True if images and texts share a space."""
+        return self.text is not None
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
+        """Return the frozen features before any projection, fp32 (n, D) on the CPU.
+
+        Args:
+            images: paths, PIL images, arrays or tensors; or one uint8 tensor (n, 3, size, size).
+        """
+        self.encoder.eval()
+        parts = []
+        for start in range(0, len(images), self.batch_size):
+            chunk = images[start : start + self.batch_size]
+            pixels = chunk if isinstance(chunk, Tensor) else torch.stack([self._pixels(i) for i in chunk])
+            encoded = self.encoder(self.encoder.normalize(pixels.to(self.device)))
+            parts.append(self.encoder.point(encoded, self.feature_point).float().cpu())
+        return torch.cat(parts)
+
+    def encode_image(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
+        """Return unit vectors (n, E) in the joint space of a dual encoder; without a text tower, the features."""
+        features = self.features(images)
+        return self.project(features) if self.is_dual else features
+
+    @torch.inference_mode()
+    def project(self, features: Tensor) -> Tensor:
+        """Return the unit vectors (n, E) in the joint space that belong to `features` (n, D), fp32 on the CPU."""
+        parts = []
+        for chunk in features.split(self.batch_size):
+            vectors = chunk.to(self.device)
+            if self.image_projection is not None:
+                vectors = self.image_projection.eval()(vectors)
+            parts.append(F.normalize(vectors.float(), dim=-1).cpu())
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Return unit vectors (n, E) in the joint space, fp32 on the CPU.
+
+        Raises:
+            UserError: this encoder was trained without a text tower.
+        """
+        if self.text is None:
+            raise UserError(f"'{self.name}' has no text tower, so it cannot encode text: use a run of clip.")
+        self.text.eval()
+        parts = []
+        for start in range(0, len(texts), self.batch_size):
+            chunk = list(texts[start : start + self.batch_size])
+            ids = self.text.tokenizer.encode_all(chunk, self.text.context).to(self.device)
+            parts.append(F.normalize(self.text(ids).float(), dim=-1).cpu())
+        return torch.cat(parts)
+
+    def _pixels(self, image: ImageLike) -> Tensor:
+        return self.preprocess(_encoded(image))
+
+
+def _encoded(image: ImageLike) -> bytes:
+    """Return the image as the bytes of a file, so that one preprocessing serves every kind of input."""
+    import io
+
+    if isinstance(image, str | Path):
+        try:
+            return Path(image).read_bytes()
+        except OSError as error:
+            raise UserError(f"the image '{image}' cannot be read ({error.strerror}).") from None
+    if isinstance(image, Tensor):
+        image = image.cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3:
+            raise UserError(f"an image array must be uint8 (H, W, 3) or (3, H, W), not {image.dtype} {image.shape}.")
+        image = PIL.Image.fromarray(image if image.shape[2] == 3 else np.moveaxis(image, 0, 2))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,55 @@
+"""A View from a method in memory, or from the folder of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from altsight.core.config import read_json
+from altsight.core.errors import UserError
+from altsight.data.text import load_tokenizer
+from altsight.evals.base import Preprocess, View
+from altsight.methods.base import Corpus, Method
+from altsight.train.checkpoint import load_latest
+from altsight.train.log import console
+from altsight.train.run import Run, build, load_run
+
+
+def view_of(method: Method, name: str, crop_ratio: float = 1.0) -> View:
+    """Return the View of a method as it is now; the weights are shared, not copied."""
+    config = method.encoder.config
+    return View(
+        name=name,
+        encoder=method.encoder,
+        preprocess=Preprocess(config.img_size, config.normalization, crop_ratio),
+        feature_point=method.feature_point,
+        text=method.text,
+        image_projection=method.image_projection,
+    )
+
+
+def load_method(directory: Path) -> tuple[Run[Any], Method]:
+    """Return the run in `directory` and its method with the newest weights (the averaged ones where EMA was on).
+
+    Raises:
+        UserError: the folder does not hold a run with a checkpoint.
+    """
+    if not (directory / "run.json").is_file():
+        raise UserError(f"'{directory}' is not the folder of a run (it has no run.json): give a --out of pretrain.")
+    run = load_run(directory / "run.json")
+    tokenizer = directory / "tokenizer.json"
+    corpus = Corpus(
+        load_tokenizer(str(tokenizer)) if tokenizer.exists() else None, tuple(read_json(directory / "classes.json"))
+    )
+    state = load_latest(directory / "checkpoints", console.print)
+    if state is None:
+        raise UserError(f"the run in '{directory}' has no checkpoint yet: let it reach its first one.")
+    method = build(run, corpus)
+    method.load_state_dict(state["ema"] or state["method"])
+    return run, method.eval()
+
+
+def load_view(directory: Path, crop_ratio: float = 1.0) -> View:
+    """Return the View of the run in `directory`; see `load_method` for the errors."""
+    run, method = load_method(directory)
+    return view_of(method, run.name, crop_ratio)

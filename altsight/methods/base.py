@@ -1,0 +1,114 @@
+"""The contract that every pre-training method fulfils; see `docs/methods.md` for how to add one.
+
+A method says *what* to compute. It never sees the optimizer, the rank, the precision, gradient accumulation or the
+data order: those are written once, in `altsight.train`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from altsight.core.config import OptimConfig
+from altsight.core.errors import UserError
+from altsight.core.rng import Key
+from altsight.core.types import Batch, Outputs
+from altsight.data.loader import Prepare
+from altsight.data.text import Tokenizer
+from altsight.data.views import Crop
+from altsight.nn.encoder import Encoder, FeaturePoint, reset
+from altsight.nn.text import TextTower
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a method may know of the data when it is built."""
+
+    tokenizer: Tokenizer | None = None
+    classes: tuple[str, ...] = field(default=())
+
+    def need_tokenizer(self, method: str) -> Tokenizer:
+        """Return the tokenizer; UserError if the corpus has no text."""
+        if self.tokenizer is None:
+            raise UserError(f"{method} learns from text, and the data set has none: prepare it with --captions.")
+        return self.tokenizer
+
+    def need_classes(self, method: str) -> tuple[str, ...]:
+        """Return the class names; UserError if the corpus has no labels."""
+        if not self.classes:
+            raise UserError(f"{method} learns from labels, and the data set has none: prepare it with --label FIELD.")
+        return self.classes
+
+
+class Method(nn.Module):
+    """Base of all methods. A subclass is built as `Class(config, encoder, corpus)` and overrides what it needs."""
+
+    Config: ClassVar[type]
+    """A frozen dataclass with every hyper-parameter of the method at its source's default."""
+    optim: ClassVar[OptimConfig]
+    """The source's optimizer and schedule."""
+    batch_statistics: ClassVar[bool] = False
+    """True where a loss depends on statistics of the whole batch (batch norm); accumulation is then refused."""
+    shares: ClassVar[bool] = False
+    """True where `embed` returns `shared` tensors for `loss`."""
+    masked: ClassVar[bool] = False
+    """True where the encoder must be able to encode visible patches only."""
+
+    feature_point: ClassVar[FeaturePoint] = "mean"
+    """Where the method's frozen features are read."""
+    text: TextTower | None = None
+    """The text tower of a dual encoder."""
+    image_projection: nn.Module | None = None
+    """Features at `feature_point` -> the joint space of a dual encoder."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def init_weights(self, at: Key) -> None:
+        """Set every parameter and buffer, the encoder's from `at.child("encoder")` as under every other method."""
+        reset(self)
+        self.encoder.init_weights(at)
+
+    def prepare(self, crop: Crop) -> Prepare:
+        """Return the picklable preparation of one document for this method."""
+        raise NotImplementedError
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the denominator of every local loss over this micro-batch (0-d), known before the forward."""
+        return {}
+
+    def embed(self, batch: Batch, at: Key) -> Outputs:
+        """Compute one micro-batch; never communicates."""
+        raise NotImplementedError
+
+    def loss(self, shared: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this rank's share of each loss over the global batch (the shares of all ranks sum to the loss).
+
+        `shared` holds the rows of this rank's whole batch. May gather.
+        """
+        return {}
+
+    def weights(self) -> dict[str, float]:
+        """Return name -> weight of each loss in the total; a name that is missing has weight 1."""
+        return {}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters without weight decay, besides those with fewer than two dimensions."""
+        return set()
+
+    def after_step(self, step: int) -> None:
+        """Called after every optimizer step: clamps, EMA teachers, centres."""
+
+    def report(self) -> dict[str, float]:
+        """Return scalars worth a log line (a temperature, a teacher's entropy)."""
+        return {}
+
+
+def summary(method: Method) -> dict[str, Any]:
+    """Return the number of parameters that the method trains, and those of its encoder."""
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    encoder = sum(p.numel() for p in method.encoder.parameters())
+    return {"trained": trained, "encoder": encoder}

@@ -1,0 +1,1 @@
+"""Encoders, text towers, decoders: modules without a loss."""

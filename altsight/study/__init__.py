@@ -1,0 +1,1 @@
+"""The like-for-like study: several methods, one budget, one report."""

@@ -1,0 +1,240 @@
+"""A study's plan: which methods, seeds, budget, data and tasks; read from TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from altsight.core.config import from_dict, to_dict
+from altsight.core.errors import UserError, did_you_mean
+from altsight.methods import METHODS, find
+from altsight.nn.encoder import EncoderConfig
+from altsight.train.run import DataConfig, Run, TrainConfig, default_run
+
+SAMPLES = "samples:"
+"""Prefix of sources in the embedded sample data: `samples:clipart/train`."""
+PROBES = 8
+"""Points of the online probe curve, where the plan does not set `train.probe_every`."""
+
+BudgetKind = Literal["samples", "flops", "minutes"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every arm may spend: exactly one of the three is above 0.
+
+    samples: samples seen. flops: training FLOPs. minutes: training time on this machine, turned into a number of
+    samples per method before training starts.
+    """
+
+    samples: int = 0
+    flops: float = 0.0
+    minutes: float = 0.0
+
+    @property
+    def kind(self) -> BudgetKind:
+        """Which of the three is set.
+
+        Raises:
+            UserError: none is, or more than one.
+        """
+        kinds: tuple[BudgetKind, ...] = ("samples", "flops", "minutes")
+        given = [kind for kind in kinds if getattr(self, kind) > 0]
+        if len(given) != 1:
+            what = " and ".join(given) or "nothing"
+            raise UserError(f"the budget sets {what}: set exactly one of samples, flops and minutes, above 0.")
+        return given[0]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Raw shards that the study prepares itself; as in `altsight prepare`."""
+
+    path: str
+    captions: tuple[str, ...] = ("{txt}",)
+    label: str = ""
+    tokenizer: str = ""
+    vocab_size: int = 8192
+    images_only: bool = False
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is evaluated: three splits of one data set, tar shards or `samples:NAME/SPLIT`."""
+
+    name: str
+    train: str
+    val: str
+    test: str
+    label: str = ""
+    captions: tuple[str, ...] = ("{txt}",)
+    prompts: tuple[str, ...] = ("{}",)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A like-for-like study: every arm gets the same encoder, data order and budget, and the same evaluation.
+
+    references are trained like methods and shown beside them, but never win. untrained adds the initial encoder.
+    overrides: method -> {"method", "optim", "train", "data"} -> settings that replace the method's own defaults.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    budget: Budget
+    tasks: tuple[TaskConfig, ...]
+    source: SourceConfig | None = None
+    """Shards to prepare inside the study's folder; the other way is `data.path`, an already prepared folder."""
+    references: tuple[str, ...] = ()
+    untrained: bool = True
+    seeds: tuple[int, ...] = (0,)
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Every method that is trained, references last."""
+        return self.methods + self.references
+
+    def check(self) -> None:
+        """Raise UserError if the plan cannot be carried out as it stands; the message starts with the key."""
+        _check_arms(self)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds: {list(self.seeds)} must name each seed once, and at least one.")
+        if not self.tasks or len({task.name for task in self.tasks}) < len(self.tasks):
+            raise UserError("tasks: name at least one task to evaluate on, each under a name of its own.")
+        if (self.source is None) == (not self.data.path):
+            raise UserError("data.path: give either a prepared folder here or raw shards as [source], not both or none.")
+        for word in _sources(self):
+            _check_samples(word)
+        try:
+            _ = self.budget.kind
+        except UserError as error:
+            raise UserError(f"budget: {error}") from None
+        for arm in self.arms:
+            self.run(arm, self.seeds[0], self.train.batch)
+
+    def run(self, arm: str, seed: int, samples: int) -> Run[Any]:
+        """Return the pre-training of one arm: the method's defaults, the plan's settings, the arm's overrides.
+
+        Raises:
+            UserError: an override is unknown or of the wrong type.
+        """
+        train = dataclasses.replace(self.train, samples=samples, seed=seed)
+        shared = dataclasses.replace(default_run(arm), encoder=self.encoder, data=self.data, train=train)
+        merged = merge(to_dict(shared), self.overrides.get(arm, {}))
+        run: Run[Any] = from_dict(merged, Run[find(arm).Config], f"overrides.{arm}")  # type: ignore[misc]
+        if run.train.probe_every or not run.steps:
+            return run
+        every = max(run.steps // PROBES, 1) * run.train.batch
+        return dataclasses.replace(run, train=dataclasses.replace(run.train, probe_every=every))
+
+    def runs(self, samples: Mapping[str, int]) -> list[tuple[str, Run[Any]]]:
+        """Return (arm, its run) for every seed and arm; `samples`: arm -> the samples it may see."""
+        return [(arm, self.run(arm, seed, samples[arm])) for seed in self.seeds for arm in self.arms]
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan from a TOML file; its relative paths are relative to the file.
+
+    Raises:
+        UserError: the file is missing or wrong; the message names the file and the key.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"the plan '{path}' does not exist.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"the plan '{path}' is no TOML ({error}): mend that line.") from None
+    plan = _anchored(from_dict(data, Plan, str(path)), path.resolve().parent)
+    try:
+        plan.check()
+    except UserError as error:
+        raise UserError(f"'{path}', {error}") from None
+    return plan
+
+
+def locate(source: str) -> str:
+    """Return the path of a source: `samples:NAME/SPLIT` lies in the embedded sample data, the rest is a path.
+
+    Raises:
+        UserError: the sample data are not installed.
+    """
+    if not source.startswith(SAMPLES):
+        return source
+    try:
+        import altsight_samples
+    except ModuleNotFoundError:
+        raise UserError(f"'{source}' needs the embedded sample data: `pip install altsight-samples`.") from None
+    name, _, split = source.removeprefix(SAMPLES).partition("/")
+    return str(altsight_samples.path(name, split))
+
+
+def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the leaves of `over` put over it, table by table."""
+    merged = dict(base)
+    for name, value in over.items():
+        old = merged.get(name)
+        merged[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _anchored(plan: Plan, folder: Path) -> Plan:
+    """Return the plan with its relative paths made absolute against `folder`."""
+
+    def anchor(word: str) -> str:
+        return word if not word or word.startswith(SAMPLES) else str(folder / word)
+
+    tasks = tuple(
+        dataclasses.replace(t, train=anchor(t.train), val=anchor(t.val), test=anchor(t.test)) for t in plan.tasks
+    )
+    source = plan.source and dataclasses.replace(plan.source, path=anchor(plan.source.path))
+    data = dataclasses.replace(plan.data, path=anchor(plan.data.path))
+    return dataclasses.replace(plan, tasks=tasks, source=source, data=data)
+
+
+def _check_arms(plan: Plan) -> None:
+    if not plan.methods:
+        raise UserError("methods: name at least one method to train.")
+    for key, names in (("methods", plan.methods), ("references", plan.references), ("overrides", plan.overrides)):
+        for name in names:
+            if name not in METHODS:
+                raise UserError(f"{key}: there is no method '{name}'.{did_you_mean(name, METHODS)}")
+    if len(set(plan.arms)) < len(plan.arms):
+        raise UserError(f"methods: {list(plan.arms)} names a method twice; each is one arm.")
+    for name, over in plan.overrides.items():
+        _check_override(name, over, plan.arms)
+
+
+def _check_override(name: str, over: Mapping[str, Any], arms: tuple[str, ...]) -> None:
+    if name not in arms:
+        raise UserError(f"overrides.{name}: the plan does not train {name}.{did_you_mean(name, arms)}")
+    for table in ("encoder", "name"):
+        if table in over:
+            raise UserError(f"overrides.{name}.{table}: all arms share one encoder and keep their name; set it for all.")
+    for table, key in (("train", "samples"), ("train", "seed"), ("data", "path")):
+        if isinstance(over.get(table), Mapping) and key in over[table]:
+            raise UserError(f"overrides.{name}.{table}.{key}: this is the same for all arms; set it for the whole plan.")
+
+
+def _sources(plan: Plan) -> Iterator[str]:
+    if plan.source is not None:
+        yield plan.source.path
+    for task in plan.tasks:
+        yield from (task.train, task.val, task.test)
+
+
+def _check_samples(word: str) -> None:
+    if not word.startswith(SAMPLES):
+        return
+    import altsight_samples
+
+    known = [f"{SAMPLES}{name}/{split}" for name in altsight_samples.NAMES for split in altsight_samples.SPLITS]
+    if word not in known:
+        raise UserError(f"there is no sample data '{word}'.{did_you_mean(word, known)}")

@@ -1,0 +1,42 @@
+"""timm's optimizers and schedule, with each method's own decay exclusions."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+
+from altsight.core.config import OptimConfig
+from altsight.core.errors import UserError, did_you_mean
+from altsight.methods.base import Method
+
+
+def make_optimizer(method: Method, config: OptimConfig, batch: int) -> torch.optim.Optimizer:
+    """Return the optimizer; tensors with fewer than two dimensions and those the method names do not decay.
+
+    Raises:
+        UserError: timm has no optimizer of that name.
+    """
+    if config.name not in list_optimizers():
+        raise UserError(f"timm has no optimizer '{config.name}'.{did_you_mean(config.name, list_optimizers())}")
+    excluded = method.no_weight_decay()
+    groups = param_groups_weight_decay(method, config.weight_decay, no_weight_decay_list=excluded)
+    accepted = inspect.signature(get_optimizer_class(config.name, bind_defaults=False)).parameters
+    options = {"betas": config.betas, "eps": config.eps, "momentum": config.betas[0]}
+    options = {name: value for name, value in options.items() if name in accepted}
+    return create_optimizer_v2(groups, opt=config.name, lr=config.peak_lr(batch), **options)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> CosineLRScheduler:
+    """Return linear warm-up from 0, then cosine to `min_lr`, stepped per iteration by `step_update`."""
+    warmup = round(config.warmup_fraction * steps)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(steps, 1),
+        lr_min=config.min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=0.0,
+        t_in_epochs=False,
+    )

@@ -1,0 +1,153 @@
+"""A `Run`: everything that a pre-training depends on, in one frozen dataclass, and the method built from it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+
+from altsight.core.config import OptimConfig, from_dict, read_json, to_dict, write_json
+from altsight.core.errors import UserError
+from altsight.core.rng import key
+from altsight.data.views import Crop
+from altsight.methods import find
+from altsight.methods.base import Corpus, Method
+from altsight.nn.encoder import Encoder, EncoderConfig
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned from: a folder that `altsight prepare` wrote, and how its images are cropped."""
+
+    path: str = ""
+    crop: Crop = field(default_factory=Crop)
+    workers: int = 1
+    """Processes that decode ahead; the samples do not depend on it."""
+    max_bad_fraction: float = 0.05
+    """The run stops when more than this share of the samples seen had to be replaced (looked at from 1,000 on)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Budget, batch, precision and what is written when."""
+
+    samples: int = 100_000
+    """Samples seen by the whole run; rounded down to whole batches."""
+    batch: int = 256
+    """Global batch: over all ranks and micro-batches."""
+    micro_batch: int = 0
+    """Samples that one rank computes at a time; 0: its whole share. Losses that compare the whole batch stay exact."""
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast where the processor has it, fp32 elsewhere."""
+    device: str = "auto"
+    compile: bool = False
+    log_every: int = 10
+    """Steps between log lines."""
+    checkpoint_every: int = 50_000
+    """Samples between checkpoints; one is written at the end in any case."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    probe_every: int = 0
+    """Samples between online probes; 0: none."""
+    max_skipped: int = 5
+    """The run stops after this many non-finite steps in a row."""
+
+
+@dataclass(frozen=True)
+class Run(Generic[M]):
+    """One pre-training. `name` is the method's name in `METHODS`, `method` its own configuration."""
+
+    name: str
+    method: M
+    optim: OptimConfig
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.train.samples // self.train.batch
+
+
+def default_run(name: str) -> Run[Any]:
+    """Return a run of the method `name` with every setting at its source's default.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    cls = find(name)
+    return Run(name=name, method=cls.Config(), optim=cls.optim)
+
+
+def save_run(run: Run[Any], path: Path) -> None:
+    """Write `run` as JSON."""
+    write_json(path, to_dict(run))
+
+
+def load_run(path: Path) -> Run[Any]:
+    """Read a run that `save_run` wrote.
+
+    Raises:
+        UserError: the file is missing, no JSON, or names an unknown method or setting.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict) or "name" not in data:
+        raise UserError(f"'{path}' does not describe a run: it names no method.")
+    return from_dict(data, Run[find(data["name"]).Config], str(path))  # type: ignore[misc]
+
+
+def build(run: Run[Any], corpus: Corpus) -> Method:
+    """Build the method of `run` with its initial weights, on the CPU.
+
+    Raises:
+        UserError: the method cannot be built on this corpus or encoder.
+    """
+    cls = find(run.name)
+    encoder = Encoder(run.encoder)
+    if cls.masked and not encoder.is_vit:
+        raise UserError(
+            f"{run.name} masks patches, and '{run.encoder.model}' has none: use a ViT such as vit_base_patch16_224."
+        )
+    method = cls(run.method, encoder, corpus)  # type: ignore[call-arg]
+    method.init_weights(key(run.train.seed, 0, "init"))
+    return method
+
+
+def weights_hash(encoder: Encoder) -> str:
+    """Return 12 hex digits of the encoder's parameters and buffers: equal weights, equal hash."""
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device for `name`; 'auto' is this rank's GPU where there is one, the CPU elsewhere."""
+    import os
+
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the device '{name}' cannot be used ({reason}): try --train.device cpu.") from None
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of autocast for `name`; 'auto' is bf16 where the processor computes in it."""
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        name = "bf16" if native else "fp32"
+    return torch.bfloat16 if name == "bf16" else torch.float32

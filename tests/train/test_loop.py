@@ -1,0 +1,155 @@
+"""The loop: bad samples, non-finite steps, logs, budget, what a directory accepts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from altsight.core.config import read_json
+from altsight.core.errors import UserError
+from altsight.data.index import Index
+from altsight.data.prepare import Prepared
+from altsight.evals.load import load_method
+from altsight.methods.base import Method
+from altsight.train.log import read_log
+from altsight.train.loop import pretrain
+from tests.contract.tiny import tiny_run
+
+
+def with_data(run: Any, **settings: Any) -> Any:
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, **settings))
+
+
+def break_images(prepared: Prepared, every: int) -> Prepared:
+    """Return the data set with every n-th image pointing at its text instead: real bytes, no image."""
+    samples = prepared.source.index.samples.copy()
+    samples["image_at"][::every] = samples["text_at"][::every]
+    samples["image_size"][::every] = samples["text_size"][::every]
+    index = Index(prepared.source.index.shards, samples)
+    return dataclasses.replace(prepared, source=dataclasses.replace(prepared.source, index=index))
+
+
+def test_log_summary_and_load(sample_data: Prepared, tmp_path: Path) -> None:
+    run = tiny_run("clip", sample_data.directory, 16 * 8, batch=16)
+    done = pretrain(run, sample_data, tmp_path)
+    lines = read_log(tmp_path)
+    assert [line["samples"] for line in lines] == [16 * n for n in range(1, 9)]
+    for line in lines:
+        assert {"loss", "loss/contrastive", "lr", "flops", "samples_per_s", "data_wait", "bad", "skipped"} <= line.keys()
+    assert lines[-1]["flops"] == pytest.approx(done.flops) and done.flops > 0
+    assert done.samples_seen == 128 and done.steps == 8
+    assert any((tmp_path / "tensorboard").iterdir())
+    loaded_run, method = load_method(tmp_path)
+    assert loaded_run == run and not method.training
+
+
+def test_a_finished_run_is_not_run_again(sample_data: Prepared, tmp_path: Path) -> None:
+    run = tiny_run("mae", sample_data.directory, 32, batch=16)
+    first = pretrain(run, sample_data, tmp_path)
+    written = (tmp_path / "log.jsonl").stat().st_mtime_ns
+    assert pretrain(run, sample_data, tmp_path) == first
+    assert (tmp_path / "log.jsonl").stat().st_mtime_ns == written
+
+
+def test_another_run_in_the_same_folder_is_refused(sample_data: Prepared, tmp_path: Path) -> None:
+    pretrain(tiny_run("mae", sample_data.directory, 32, batch=16), sample_data, tmp_path)
+    with pytest.raises(UserError, match="holds another run"):
+        pretrain(tiny_run("mae", sample_data.directory, 48, batch=16), sample_data, tmp_path)
+
+
+def test_batch_larger_than_the_data_set(sample_data: Prepared, tmp_path: Path) -> None:
+    run = tiny_run("mae", sample_data.directory, 10**6, batch=10**6)
+    with pytest.raises(UserError, match="larger than the data set"):
+        pretrain(run, sample_data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_images_are_replaced_counted_and_listed(sample_data: Prepared, tmp_path: Path) -> None:
+    run = with_data(tiny_run("mae", sample_data.directory, 16 * 10, batch=16), max_bad_fraction=0.5)
+    done = pretrain(run, break_images(sample_data, 20), tmp_path)
+    listed = (tmp_path / "bad_samples.txt").read_text().splitlines()
+    assert done.bad_samples == len(listed) > 0
+    assert all(".tar#" in line and "broken image" in line for line in listed)
+
+
+def test_too_many_broken_images_stop_the_run(sample_data: Prepared, tmp_path: Path) -> None:
+    run = with_data(tiny_run("mae", sample_data.directory, 16 * 10, batch=16), max_bad_fraction=0.01)
+    with pytest.raises(UserError, match="max-bad-fraction"):
+        pretrain(run, break_images(sample_data, 10), tmp_path)
+
+
+class _Exploding:
+    """Makes one method's gradient infinite at chosen steps."""
+
+    def __init__(self, method: Method, steps: set[int]) -> None:
+        self.calls, self.steps = 0, steps
+        method.encoder.backbone.cls_token.register_hook(self)
+
+    def __call__(self, grad: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return grad * math.inf if self.calls in self.steps else grad
+
+
+def explode(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    from altsight.train import loop
+
+    real = loop._assemble
+
+    def assemble(run: Any, method: Method, *rest: Any) -> Any:
+        training = real(run, method, *rest)
+        _Exploding(method, steps)
+        return training
+
+    monkeypatch.setattr(loop, "_assemble", assemble)
+
+
+def test_a_non_finite_step_is_skipped_and_recorded(
+    sample_data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explode(monkeypatch, {3})
+    run = tiny_run("mae", sample_data.directory, 16 * 6, batch=16)
+    done = pretrain(run, sample_data, tmp_path)
+    assert done.skipped_steps == 1 and done.samples_seen == 96
+    (record,) = [torch.load(p, weights_only=True) for p in (tmp_path / "flight").iterdir()]
+    assert record["tensors"]["image"].shape[0] == 16 and not math.isfinite(record["gradient_norm"])
+    assert record["positions"].tolist() == list(range(32, 48))
+    _, method = load_method(tmp_path)
+    assert all(torch.isfinite(p).all() for p in method.parameters())
+
+
+def test_many_non_finite_steps_stop_the_run(
+    sample_data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explode(monkeypatch, {2, 3, 4, 5, 6})
+    run = tiny_run("mae", sample_data.directory, 16 * 20, batch=16, max_skipped=3)
+    with pytest.raises(UserError, match="3 steps in a row"):
+        pretrain(run, sample_data, tmp_path)
+    assert len(list((tmp_path / "flight").iterdir())) == 3
+
+
+def test_probe_is_logged(sample_data: Prepared, tmp_path: Path) -> None:
+    run = tiny_run("mae", sample_data.directory, 16 * 4, batch=16, probe_every=32)
+    pretrain(run, sample_data, tmp_path, lambda method: {"probe/x": 0.5})
+    assert [line["samples"] for line in read_log(tmp_path) if "probe/x" in line] == [32, 64]
+
+
+def test_ema_is_kept_and_loaded(sample_data: Prepared, tmp_path: Path) -> None:
+    run = tiny_run("mae", sample_data.directory, 16 * 6, batch=16)
+    averaged = dataclasses.replace(run, optim=dataclasses.replace(run.optim, ema=0.5))
+    pretrain(run, sample_data, tmp_path / "plain")
+    pretrain(averaged, sample_data, tmp_path / "ema")
+    plain, ema = load_method(tmp_path / "plain")[1], load_method(tmp_path / "ema")[1]
+    a, b = plain.encoder.backbone.cls_token, ema.encoder.backbone.cls_token
+    assert not torch.equal(a, b) and torch.allclose(a, b, atol=1e-1)
+
+
+def test_summary_is_json(sample_data: Prepared, tmp_path: Path) -> None:
+    pretrain(tiny_run("supervised", sample_data.directory, 32, batch=16), sample_data, tmp_path)
+    summary = read_json(tmp_path / "summary.json")
+    assert json.dumps(summary) and summary["parameters"]["trained"] > summary["parameters"]["encoder"] / 2
