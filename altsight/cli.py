@@ -19,7 +19,7 @@ COMMANDS = {
     "eval": "evaluate trained runs",
     "study": "compare methods like for like, as a plan says",
 }
-"""Name -> what it does. The function of the same name is in `altsight.commands`."""
+"""Name -> what it does. The function of the same name in `altsight.commands` does it ("eval" is `evaluate_runs`)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,8 +38,9 @@ def run(argv: list[str]) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise UserError(f"there is no command '{argv[0]}'.{did_you_mean(argv[0], COMMANDS)}")
-        command: Callable[[list[str]], int | None] = getattr(import_module("altsight.commands"), argv[0])
-        return command(argv[1:]) or 0
+        function = "evaluate_runs" if argv[0] == "eval" else argv[0]
+        command: Callable[[list[str]], int] = getattr(import_module("altsight.commands"), function)
+        return command(argv[1:])
     except UserError as error:
         print(f"altsight: {error}", file=sys.stderr)
         return 2

@@ -8,12 +8,13 @@ through Pillow. EXIF rotation is applied, transparency is laid on white, 16-bit 
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import ExifTags
+from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PillowImage
 from torch import Tensor
 
@@ -21,6 +22,10 @@ MAX_PIXELS = 100_000_000
 """Images with more pixels are refused (decompression bombs)."""
 
 Pixels = npt.NDArray[np.uint8]
+
+
+# Web images make Pillow warn of every other EXIF block; what cannot be decoded is counted and reported anyway.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BrokenImage(ValueError):  # noqa: N818 - it names the image, not a fault of the program
@@ -44,6 +49,8 @@ def decode(data: bytes, least: int = 0) -> Tensor:
             pixels = _decode_pillow(data)
     except BrokenImage:
         raise
+    except UnidentifiedImageError:
+        raise BrokenImage(f"no image, it begins with {data[:16]!r}") from None
     except Exception as error:
         raise BrokenImage(str(error) or type(error).__name__) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -35,8 +35,8 @@ class Order:
     def sample(self, position: int, attempt: int = 0) -> int:
         """Return the index of the sample at `position`; `attempt` > 0 asks for a replacement of an unusable one."""
         if attempt:
-            at = _hash(np.uint64(position), _stream(self.seed, attempt, "replacement"))
-            return int(at % np.uint64(self.size))
+            at = _hash(np.array([position], dtype=np.uint64), _stream(self.seed, attempt, "replacement"))
+            return int(at[0] % np.uint64(self.size))
         return int(self.samples(np.array([position]))[0])
 
     def samples(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -72,10 +72,10 @@ def _stream(seed: int, number: int, purpose: str) -> np.uint64:
     return np.uint64(key(seed, number, f"order/{purpose}").integer())
 
 
-def _hash(x: Ints | np.uint64, stream: np.uint64) -> Ints:
+def _hash(x: Ints, stream: np.uint64) -> Ints:
     """Mix 64-bit integers with a stream key (the finaliser of SplitMix64)."""
     with np.errstate(over="ignore"):
-        z = np.atleast_1d(np.asarray(x, dtype=np.uint64) + stream + np.uint64(0x9E3779B97F4A7C15))
+        z = x + stream + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))

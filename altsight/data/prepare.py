@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tyro.conf import Positional
 
 from altsight.core.config import read_json, write_json
 from altsight.core.errors import UserError
@@ -41,7 +42,7 @@ def silent(what: str, done: int, total: int) -> None:
 class PrepareConfig:
     """What `altsight prepare` reads and writes."""
 
-    source: str
+    source: Positional[str]
     """A tar shard, a folder of them, or a quoted glob pattern."""
     out: Path
     """The folder to write; one that was prepared before is replaced."""
@@ -73,7 +74,7 @@ class Prepared:
 
     def hash(self) -> str:
         """Return 12 hex digits that name the samples, in order, and how their captions are made."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.source.index.samples).view(np.uint8))
+        digest = hashlib.sha256(np.ascontiguousarray(self.source.index.samples).view(np.uint8).data)
         digest.update(repr([shard.name for shard in self.source.index.shards]).encode())
         digest.update(repr(self.source.captions.templates).encode())
         return digest.hexdigest()[:12]
@@ -136,7 +137,7 @@ def open_prepared(directory: str | os.PathLike[str]) -> Prepared:
         _check_shard(Path(shard["path"]), shard["bytes"], again)
     try:
         samples = np.load(directory / INDEX, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the index '{directory / INDEX}' cannot be read ({error}): {again}.") from None
     if samples.dtype != SAMPLE or len(samples) != data["statistics"]["samples"]:
         raise UserError(f"the index '{directory / INDEX}' does not belong to '{DATASET}' beside it: {again}.")
@@ -268,7 +269,8 @@ def _check_out(out: Path) -> None:
     held = set(os.listdir(out))
     if held and (DATASET not in held or held - {INDEX, TOKENIZER, DATASET}):
         raise UserError(
-            f"the folder '{out}' holds other files than a prepared data set: give --out a folder that does not exist yet."
+            f"the folder '{out}' holds other files than a prepared data set: give --out a folder that does not exist "
+            "yet."
         )
 
 
@@ -300,4 +302,4 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"'{out}' cannot be written ({error.strerror}): mend that or give --out another folder.") from None
+        raise UserError(f"'{out}' cannot be written ({error.strerror}): give --out another folder.") from None

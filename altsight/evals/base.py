@@ -183,6 +183,19 @@ class View:
         return self.preprocess(_encoded(image))
 
 
+def not_applicable(view: View, task: Task, evaluator: str, metric: str) -> Result:
+    """Return the result, without a number, of a view that has no text tower."""
+    return Result(
+        task.name,
+        evaluator,
+        metric,
+        None,
+        split=task.test.name,
+        preprocess=view.preprocess.hash(),
+        note="not applicable: this encoder has no text tower",
+    )
+
+
 def _encoded(image: ImageLike) -> bytes:
     """Return the image as the bytes of a file, so that one preprocessing serves every kind of input."""
     import io

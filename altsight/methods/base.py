@@ -58,14 +58,17 @@ class Method(nn.Module):
 
     feature_point: ClassVar[FeaturePoint] = "mean"
     """Where the method's frozen features are read."""
-    text: TextTower | None = None
+    text: TextTower | None
     """The text tower of a dual encoder."""
-    image_projection: nn.Module | None = None
+    image_projection: nn.Module | None
     """Features at `feature_point` -> the joint space of a dual encoder."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
+        # On the instance: a None on the class would hide the module that a subclass assigns.
+        self.text = None
+        self.image_projection = None
 
     def init_weights(self, at: Key) -> None:
         """Set every parameter and buffer, the encoder's from `at.child("encoder")` as under every other method."""

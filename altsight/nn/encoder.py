@@ -6,7 +6,7 @@ This is the one file that knows timm's vision transformers from the inside.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
         super().__init__()
         _check(config)
         self.config = config
-        self.backbone = timm.create_model(config.model, **_arguments(config))
+        self.backbone = cast(Any, timm.create_model(config.model, **_arguments(config)))
         self.is_vit = isinstance(self.backbone, VisionTransformer)
         self.width = int(self.backbone.num_features)
         if self.is_vit:
@@ -120,8 +120,8 @@ class Encoder(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters that timm says must not decay (tokens and position tables)."""
-        names = getattr(self.backbone, "no_weight_decay", set)()
-        return {f"backbone.{name}" for name in names}
+        names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        return {f"backbone.{name}" for name, _ in self.backbone.named_parameters() if name in names}
 
     def normalize(self, images: Tensor) -> Tensor:
         """Map uint8 (B, 3, H, W) to this encoder's input range, in fp32, on the images' device."""
@@ -184,7 +184,7 @@ class Encoder(nn.Module):
         tokens = encoded.tokens
         if not self.is_vit:
             tokens = tokens.transpose(1, 2).unflatten(2, self.grid)
-        return self.backbone.forward_head(tokens, pre_logits=True)  # type: ignore[no-any-return]
+        return self.backbone.forward_head(tokens, pre_logits=True)
 
 
 def check_point(name: str) -> None:
@@ -222,7 +222,8 @@ def _check(config: EncoderConfig) -> None:
     if not timm.is_model(config.model):
         raise UserError(f"timm has no model '{config.model}'.{_near_models(config.model)}")
     if config.normalization not in NORMALIZATIONS:
-        raise UserError(f"no normalization '{config.normalization}'.{did_you_mean(config.normalization, NORMALIZATIONS)}")
+        near = did_you_mean(config.normalization, NORMALIZATIONS)
+        raise UserError(f"no normalization '{config.normalization}'.{near}")
     patch = config.patch_size or _default_patch(config.model)
     if patch and config.img_size % patch:
         lower = config.img_size // patch * patch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,18 +90,17 @@ def speed(run: Run[Any], prepared: Prepared, directory: Path) -> float:
     samples = (WARM_UP + MEASURED) * run.train.batch
     # Two log lines: the first closes the warm-up, the second says how fast the steps since then were.
     train = dataclasses.replace(run.train, samples=samples, log_every=WARM_UP, probe_every=0, checkpoint_every=samples)
-    _remove([directory])
+    _remove(directory)
     console.print(f"Measuring the speed of {run.name}.")
     pretrain(dataclasses.replace(run, train=train), prepared, directory)
     lines = read_log(directory)
     dist.barrier()
-    _remove([directory])
+    _remove(directory)
     timed = [line["samples_per_s"] for line in lines[1:]]
     return len(timed) / sum(1 / rate for rate in timed)
 
 
-def _remove(folders: Iterable[Path]) -> None:
+def _remove(folder: Path) -> None:
     if dist.world().is_main:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()

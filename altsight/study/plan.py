@@ -110,8 +110,8 @@ class Plan:
         if not self.tasks or len({task.name for task in self.tasks}) < len(self.tasks):
             raise UserError("tasks: name at least one task to evaluate on, each under a name of its own.")
         if (self.source is None) == (not self.data.path):
-            raise UserError("data.path: give either a prepared folder here or raw shards as [source], not both or none.")
-        for word in _sources(self):
+            raise UserError("data.path: give a prepared folder here, or raw shards under [source]; one of the two.")
+        for word in sources(self):
             _check_samples(word)
         try:
             _ = self.budget.kind
@@ -129,7 +129,8 @@ class Plan:
         train = dataclasses.replace(self.train, samples=samples, seed=seed)
         shared = dataclasses.replace(default_run(arm), encoder=self.encoder, data=self.data, train=train)
         merged = merge(to_dict(shared), self.overrides.get(arm, {}))
-        run: Run[Any] = from_dict(merged, Run[find(arm).Config], f"overrides.{arm}")  # type: ignore[misc]
+        kind: Any = Run[find(arm).Config]  # type: ignore[misc]
+        run: Run[Any] = from_dict(merged, kind, f"overrides.{arm}")
         if run.train.probe_every or not run.steps:
             return run
         every = max(run.steps // PROBES, 1) * run.train.batch
@@ -217,13 +218,14 @@ def _check_override(name: str, over: Mapping[str, Any], arms: tuple[str, ...]) -
         raise UserError(f"overrides.{name}: the plan does not train {name}.{did_you_mean(name, arms)}")
     for table in ("encoder", "name"):
         if table in over:
-            raise UserError(f"overrides.{name}.{table}: all arms share one encoder and keep their name; set it for all.")
+            raise UserError(f"overrides.{name}.{table}: all arms share one encoder, and an arm keeps its name.")
     for table, key in (("train", "samples"), ("train", "seed"), ("data", "path")):
         if isinstance(over.get(table), Mapping) and key in over[table]:
-            raise UserError(f"overrides.{name}.{table}.{key}: this is the same for all arms; set it for the whole plan.")
+            raise UserError(f"overrides.{name}.{table}.{key}: this is one for all arms; set it for the whole plan.")
 
 
-def _sources(plan: Plan) -> Iterator[str]:
+def sources(plan: Plan) -> Iterator[str]:
+    """Yield every source that the plan names, as it is written there."""
     if plan.source is not None:
         yield plan.source.path
     for task in plan.tasks:

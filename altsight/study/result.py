@@ -31,6 +31,8 @@ class Arm:
     summary: Summary | None = None
     run: dict[str, Any] = field(default_factory=dict)
     """The `Run` as a dict; {} for the untrained encoder."""
+    modules: dict[str, int] = field(default_factory=dict)
+    """Part of the method -> parameters that it trains."""
 
     @property
     def folder(self) -> str:

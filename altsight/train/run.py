@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
+from tyro.conf import Suppress
 
 from altsight.core.config import OptimConfig, from_dict, read_json, to_dict, write_json
 from altsight.core.errors import UserError
@@ -63,7 +64,7 @@ class TrainConfig:
 class Run(Generic[M]):
     """One pre-training. `name` is the method's name in `METHODS`, `method` its own configuration."""
 
-    name: str
+    name: Suppress[str]
     method: M
     optim: OptimConfig
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

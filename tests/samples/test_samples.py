@@ -49,7 +49,9 @@ def read(name: str, split: str) -> list[Sample]:
         with tarfile.open(shard) as archive:
             for member in archive:
                 key, extension = member.name.split(".")
-                parts[key][extension] = archive.extractfile(member).read()
+                data = archive.extractfile(member)
+                assert data is not None, f"{member.name} is not a file."
+                parts[key][extension] = data.read()
         for key, part in parts.items():
             assert set(part) == {"webp", "txt", "json"}, f"{shard.name}: {key} has {sorted(part)}."
             fields = json.loads(part["json"])
@@ -67,7 +69,9 @@ def read_documents() -> list[dict[str, Any]]:
 
 def thumbnails(name: str, split: str) -> np.ndarray:
     """32 x 32 colour thumbnails of a split, one flat row each."""
-    pictures = (Image.fromarray(sample.pixels).resize((32, 32), Image.Resampling.BILINEAR) for sample in read(name, split))
+    pictures = (
+        Image.fromarray(sample.pixels).resize((32, 32), Image.Resampling.BILINEAR) for sample in read(name, split)
+    )
     return np.stack([np.asarray(picture, np.float32).ravel() for picture in pictures])
 
 
@@ -105,7 +109,8 @@ def test_splits_have_their_shares(name: str) -> None:
 @pytest.mark.parametrize("name", SETS)
 def test_no_content_is_in_two_splits(name: str) -> None:
     hashes = {
-        split: {hashlib.sha256(sample.pixels.tobytes()).digest() for sample in read(name, split)} for split in samples.SPLITS
+        split: {hashlib.sha256(sample.pixels.tobytes()).digest() for sample in read(name, split)}
+        for split in samples.SPLITS
     }
     assert all(hashes[a].isdisjoint(hashes[b]) for a, b in combinations(samples.SPLITS, 2))
 
@@ -133,7 +138,9 @@ def test_clip_art_is_many_shards_of_noisy_pairs() -> None:
     assert len(list(samples.path("clipart", "train").glob("*.tar"))) > 1
     everything = [sample for split in samples.SPLITS for sample in read("clipart", split)]
     assert all(sample.fields["label"] == sample.fields["category"].split("/")[0] for sample in everything)
-    assert sum("star_" in sample.fields["source"] and "step.svg" in sample.fields["source"] for sample in everything) <= 12
+    assert (
+        sum("star_" in sample.fields["source"] and "step.svg" in sample.fields["source"] for sample in everything) <= 12
+    )
 
 
 def test_emoji_labels_are_learnable_and_concepts_stay_together() -> None:

@@ -1,0 +1,210 @@
+"""The commands of `altsight.cli`: each parses its own options with tyro and calls the Python interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import tyro
+from rich.progress import Progress
+
+from altsight.core import dist
+from altsight.core.config import write_json
+from altsight.core.errors import UserError
+from altsight.data.prepare import PrepareConfig, open_prepared
+from altsight.data.prepare import prepare as prepare_data
+from altsight.evals import evaluate
+from altsight.evals.load import load_view
+from altsight.recipes import demo_plan, names, recipe
+from altsight.study.plan import Plan, locate, read_plan
+from altsight.train.log import console, progress_bar
+from altsight.train.loop import Stopped
+from altsight.train.run import Run
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Compare MAE, CLIP and MUG like for like on the embedded sample data; a few minutes on a laptop."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the study; running again goes on where it stopped."""
+
+
+def demo(argv: Sequence[str]) -> int:
+    """`altsight demo`: the study of the demo's plan."""
+    options = tyro.cli(Demo, args=argv, prog="altsight demo")
+    return _study(demo_plan(), options.out)
+
+
+def prepare(argv: Sequence[str]) -> int:
+    """`altsight prepare SOURCE --out DIR`."""
+    options = tyro.cli(PrepareConfig, args=argv, prog="altsight prepare", description="Index shards for training.")
+    options = replace(options, source=locate(options.source))
+    with progress_bar() as bar:
+        prepared = prepare_data(options, lambda what, done, total: draw(bar, what, done, total))
+    console.print(f"{len(prepared.source):,} samples in {len(prepared.source.index.shards)} shards -> {options.out}")
+    return 0
+
+
+def draw(bar: Progress, what: str, done: int, total: int) -> None:
+    """Move the task called `what` of a progress bar; it is added when it is first heard of."""
+    ids = {task.description: task.id for task in bar.tasks}
+    number = ids[what] if what in ids else bar.add_task(what, total=total, note="")
+    bar.update(number, completed=done, total=total)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Report on prepared data before a run: what is in it, what is wrong with it, how many steps a run will take."""
+
+    data: tyro.conf.Positional[Path]
+    """Folder that `altsight prepare` wrote."""
+    batch: int = 256
+    """Global batch of the run."""
+    samples: int = 100_000
+    """Samples that the run is to see."""
+    workers: int = os.cpu_count() or 1
+    """Processes that decode."""
+    json: bool = False
+    """Print the report as JSON."""
+
+
+def check(argv: Sequence[str]) -> int:
+    """`altsight check DIR`."""
+    options = tyro.cli(Check, args=argv, prog="altsight check")
+    from rich.console import Console
+
+    from altsight.data.check import check as check_data
+    from altsight.data.check import show
+
+    prepared = open_prepared(options.data)
+    with progress_bar(transient=True) as bar:
+        report = check_data(
+            prepared,
+            options.batch,
+            options.samples,
+            options.workers,
+            lambda what, done, total: draw(bar, what, done, total),
+        )
+    if options.json:
+        print(json.dumps(asdict(report), indent=1))
+    else:
+        show(report, Console())
+    return 0
+
+
+@dataclass(frozen=True)
+class Pretrain(Generic[M]):
+    """Pre-train one method on prepared data; the same command again goes on where the run stopped."""
+
+    run: tyro.conf.OmitArgPrefixes[Run[M]]
+    out: Path
+    """Folder of the run."""
+
+
+def pretrain(argv: Sequence[str]) -> int:
+    """`altsight pretrain NAME --data.path DIR [--out DIR] [settings]`."""
+    if not argv or argv[0].startswith("-"):
+        print(f"usage: altsight pretrain NAME [options]      NAME: {', '.join(names())}")
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    chosen = recipe(argv[0])
+    kind: Any = Pretrain[type(chosen.method)]  # type: ignore[misc]
+    default = Pretrain(chosen, Path("runs") / argv[0])
+    options = tyro.cli(kind, args=argv[1:], default=default, prog=f"altsight pretrain {argv[0]}")
+    if not options.run.data.path:
+        raise UserError("no data to train on: give --data.path, the folder that `altsight prepare` wrote.")
+    from altsight.train.loop import pretrain as train
+
+    try:
+        done = train(options.run, open_prepared(options.run.data.path), options.out)
+    except Stopped as stopped:
+        console.print(f"altsight: {stopped}.")
+        return 1
+    finally:
+        dist.stop()
+    if dist.world().is_main:
+        console.print(f"{done.samples_seen:,} samples, {done.flops:.3g} FLOPs, {done.wall_seconds:.0f} s -> {options.out}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate trained runs with the same evaluators on the same data."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs."""
+    tasks: Path | None = None
+    """A study plan (TOML) whose tasks are used; the demo's tasks on the sample data otherwise."""
+    evaluators: tuple[str, ...] = ()
+    """Names of evaluators; all where none is given."""
+    out: Path | None = field(default=None)
+    """A JSON file for the results."""
+
+
+def evaluate_runs(argv: Sequence[str]) -> int:
+    """`altsight eval RUN ...`."""
+    options = tyro.cli(Eval, args=argv, prog="altsight eval")
+    if not options.runs:
+        raise UserError("no run to evaluate: give the --out folder of `altsight pretrain`.")
+    from altsight.study.run import open_tasks
+
+    plan = read_plan(options.tasks) if options.tasks else demo_plan()
+    tasks = open_tasks(plan.tasks)
+    found = {}
+    for folder in options.runs:
+        view = load_view(folder)
+        found[str(folder)] = [asdict(r) for r in evaluate(view, tasks, options.evaluators or None)]
+    _print_results(found)
+    if options.out is not None:
+        write_json(options.out, found)
+    return 0
+
+
+def _print_results(found: dict[str, list[dict[str, Any]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "task", "evaluator", "metric", "value", "95 % interval", "chance", "note")
+    for folder, results in found.items():
+        for r in results:
+            value = "n/a" if r["value"] is None else f"{r['value']:.4f}"
+            interval = "" if r["low"] is None else f"{r['low']:.4f} - {r['high']:.4f}"
+            chance = "" if r["chance"] is None else f"{r['chance']:.4f}"
+            table.add_row(folder, r["task"], r["evaluator"], r["metric"], value, interval, chance, r["note"])
+    Console().print(table)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Compare methods like for like, as a plan says, and write a report."""
+
+    plan: tyro.conf.Positional[Path]
+    """The plan, a TOML file; altsight/recipes/demo_cpu.toml is one to start from."""
+    out: Path = Path("runs/study")
+    """Folder of the study; running again goes on where it stopped."""
+
+
+def study(argv: Sequence[str]) -> int:
+    """`altsight study PLAN.toml`."""
+    options = tyro.cli(Study, args=argv, prog="altsight study")
+    return _study(read_plan(options.plan), options.out)
+
+
+def _study(plan: Plan, out: Path) -> int:
+    from altsight.study.run import study as run_study
+
+    try:
+        run_study(plan, out)
+    except Stopped as stopped:
+        print(f"altsight: {stopped}.", file=sys.stderr)
+        return 1
+    finally:
+        dist.stop()
+    return 0

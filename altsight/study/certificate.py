@@ -1,0 +1,302 @@
+"""The certificate of fairness: what was the same for all arms, what was not, and why.
+
+It is made from the facts that the runs wrote down themselves, not from the plan that asked for them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from altsight.methods import find
+from altsight.study.result import Arm, StudyResult
+from altsight.study.wording import amount, duration, flat, flops, listed, setting
+from altsight.train.state import Summary
+
+ABSENT = "-"
+_PER_RUN = {"name", "train.samples", "train.seed", "train.probe_every"}
+"""Settings of a run that are stated elsewhere: its name, its budget and its seed."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One row: what it is, and its value for every arm (ABSENT where it does not apply).
+
+    differs: arms that should agree do not; None where nothing says that they should.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    differs: bool | None = None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The table and its reading in plain sentences."""
+
+    arms: tuple[str, ...]
+    facts: tuple[Fact, ...]
+    same: tuple[str, ...]
+    differences: tuple[str, ...]
+    unexplained: tuple[str, ...]
+    """Differences that nothing in the records accounts for; the comparison is then not like for like."""
+
+
+def certify(result: StudyResult) -> Certificate:
+    """Return the certificate of `result`."""
+    arms = [arm for name in result.names for arm in result.of(name)]
+    facts = tuple(_facts(arms))
+    same, differences, unexplained = _Sentences(result, arms).all()
+    labels = tuple(arm.name if len(result.plan.seeds) == 1 else f"{arm.name}, seed {arm.seed}" for arm in arms)
+    return Certificate(labels, facts, same, differences, unexplained)
+
+
+def _facts(arms: Sequence[Arm]) -> Iterator[Fact]:
+    yield _per_seed("initial encoder weights", arms, lambda arm: arm.initial_encoder)
+    yield _per_seed("sample sequence", arms, _of_summary(lambda s: s.sample_hash))
+    yield _over_all("training data", arms, _of_summary(lambda s: s.data))
+    for what, pick in (("evaluation data", "data"), ("preprocessing", "preprocess")):
+        for task, evaluator in _evaluations(arms):
+            yield _over_all(f"{what}, {task}: {evaluator}", arms, _of_results(task, evaluator, pick))
+    yield _over_all("samples seen", arms, _of_summary(lambda s: f"{s.samples_seen:,}"))
+    yield _over_all("steps", arms, _of_summary(lambda s: f"{s.steps:,}"))
+    yield _over_all("batch", arms, _of_run("train.batch"))
+    yield _stated("training FLOPs", arms, _of_summary(lambda s: flops(s.flops)))
+    yield _stated("wall time", arms, _of_summary(lambda s: duration(s.wall_seconds)))
+    yield _stated("of it waiting for data", arms, _of_summary(lambda s: duration(s.wait_seconds)))
+    yield _stated("parameters trained", arms, _of_summary(lambda s: f"{s.parameters['trained']:,}"))
+    yield _over_all("parameters of the encoder", arms, _of_summary(lambda s: f"{s.parameters['encoder']:,}"))
+    yield _over_all("crop", arms, _crop)
+    for name in ("name", "lr", "weight_decay", "betas", "warmup_fraction", "clip_norm", "ema"):
+        yield _stated(f"optimizer: {name}", arms, _of_run(f"optim.{name}"))
+    yield _over_all("precision", arms, _of_summary(lambda s: s.precision))
+    yield _over_all("device", arms, _of_summary(lambda s: s.device))
+    yield _over_all("world size", arms, _of_summary(lambda s: str(s.world_size)))
+    yield _over_all("samples replaced", arms, _of_summary(lambda s: f"{s.bad_samples:,}"))
+    yield _over_all("steps skipped", arms, _of_summary(lambda s: f"{s.skipped_steps:,}"))
+
+
+Pick = Callable[[Arm], str]
+
+
+def _stated(name: str, arms: Sequence[Arm], pick: Pick) -> Fact:
+    return Fact(name, tuple(pick(arm) for arm in arms))
+
+
+def _over_all(name: str, arms: Sequence[Arm], pick: Pick) -> Fact:
+    values = tuple(pick(arm) for arm in arms)
+    return Fact(name, values, len(set(values) - {ABSENT}) > 1)
+
+
+def _per_seed(name: str, arms: Sequence[Arm], pick: Pick) -> Fact:
+    """Arms of one seed should agree; seeds may differ from each other."""
+    found = defaultdict(set)
+    for arm in arms:
+        found[arm.seed].add(pick(arm))
+    return Fact(name, tuple(pick(arm) for arm in arms), any(len(v - {ABSENT}) > 1 for v in found.values()))
+
+
+def _of_summary(pick: Callable[[Summary], str]) -> Pick:
+    return lambda arm: pick(arm.summary) if arm.summary else ABSENT
+
+
+def _of_run(key: str) -> Pick:
+    return lambda arm: setting(flat(arm.run)[key]) if arm.run else ABSENT
+
+
+def _crop(arm: Arm) -> str:
+    if not arm.run:
+        return ABSENT
+    crop = arm.run["data"]["crop"]
+    return f"scale {setting(crop['scale'])}, ratio {setting(crop['ratio'])}, {'flip' if crop['flip'] else 'no flip'}"
+
+
+def _evaluations(arms: Sequence[Arm]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((r.task, r.evaluator) for arm in arms for r in arm.results))
+
+
+def _of_results(task: str, evaluator: str, field: str) -> Pick:
+    def pick(arm: Arm) -> str:
+        rows = [r for r in arm.results if (r.task, r.evaluator) == (task, evaluator) and r.value is not None]
+        return ", ".join(dict.fromkeys(getattr(r, field) for r in rows if getattr(r, field))) or ABSENT
+
+    return pick
+
+
+class _Sentences:
+    """Reads the facts; every method adds to one of the three lists."""
+
+    def __init__(self, result: StudyResult, arms: Sequence[Arm]) -> None:
+        self.result, self.arms = result, arms
+        self.trained = [(arm, arm.summary) for arm in arms if arm.summary]
+        self.same: list[str] = []
+        self.differences: list[str] = []
+        self.unexplained: list[str] = []
+
+    def all(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """Return what is the same, what differs and why, and what differs without an explanation."""
+        for seed in dict.fromkeys(arm.seed for arm in self.arms):
+            self._start(seed)
+            self._sequence(seed)
+        self._evaluation()
+        self._amounts()
+        self._parameters()
+        self._cost()
+        self._settings()
+        self._machines()
+        self._skipped()
+        return tuple(self.same), tuple(self.differences), tuple(self.unexplained)
+
+    def _start(self, seed: int) -> None:
+        found = {arm.name: arm.initial_encoder for arm in self.arms if arm.seed == seed}
+        under = self._under(seed)
+        if len(set(found.values())) == 1:
+            self.same.append(f"All arms{under} start from the same encoder weights ({next(iter(found.values()))}).")
+        else:
+            self.unexplained.append(f"The arms{under} do not start from the same encoder weights: {_each(found)}.")
+
+    def _sequence(self, seed: int) -> None:
+        rows = [(arm, summary) for arm, summary in self.trained if arm.seed == seed]
+        under = self._under(seed)
+        for seen in dict.fromkeys(summary.samples_seen for _, summary in rows):
+            group = [(arm, summary) for arm, summary in rows if summary.samples_seen == seen]
+            hashes = {arm.name: summary.sample_hash for arm, summary in group}
+            if len(set(hashes.values())) == 1:
+                if len(group) > 1:
+                    names, sequence = listed(list(hashes)), group[0][1].sample_hash
+                    self.same.append(f"{names}{under} saw the same {seen:,} samples in the same order ({sequence}).")
+                continue
+            replaced = {arm.name: summary.bad_samples for arm, summary in group}
+            if len(set(replaced.values())) == 1 and not any(replaced.values()):
+                self.unexplained.append(
+                    f"{listed(list(hashes))}{under} saw different samples ({_each(hashes)}) though none was replaced."
+                )
+            else:
+                self.differences.append(self._replacements(group, under))
+
+    def _replacements(self, group: Sequence[tuple[Arm, Summary]], under: str) -> str:
+        counts = listed([f"{arm.name} {summary.bad_samples:,}" for arm, summary in group])
+        return (
+            f"The sample sequences{under} differ where a method could not use a sample (a broken image, or one without "
+            f"the text or label that it learns from) and took another in its place; samples replaced: {counts}. Each "
+            "run lists its own in bad_samples.txt; all other positions hold the same sample."
+        )
+
+    def _evaluation(self) -> None:
+        unequal = []
+        for task, evaluator in _evaluations(self.arms):
+            for what, field in (("data", "data"), ("preprocessing", "preprocess")):
+                found = self._by_arm(_of_results(task, evaluator, field))
+                if len(set(found.values())) > 1:
+                    unequal.append(f"{task}, {evaluator}: arms were not evaluated with equal {what} ({_each(found)}).")
+        if unequal:
+            self.unexplained += unequal
+        elif any(arm.results for arm in self.arms):
+            self.same.append(
+                "All arms were evaluated by the same code on the same images, labels and captions, preprocessed alike."
+            )
+        self._feature_points()
+
+    def _feature_points(self) -> None:
+        for task, evaluator in _evaluations(self.arms):
+            points = self._by_arm(_of_results(task, evaluator, "feature_point"))
+            if len(set(points.values())) > 1:
+                self.differences.append(
+                    f"{task}, {evaluator}: features are read at each method's own feature point ({_each(points)})."
+                )
+
+    def _amounts(self) -> None:
+        seen = {arm.name: f"{summary.samples_seen:,}" for arm, summary in self.trained}
+        if len(set(seen.values())) < 2:
+            return
+        budget = self.result.plan.budget
+        if budget.kind == "samples":
+            self.differences.append(
+                f"Samples are rounded down to whole batches, so arms saw different numbers: {_each(seen)}."
+            )
+            return
+        what = flops(budget.flops) if budget.kind == "flops" else f"{budget.minutes:g} minutes of training"
+        self.differences.append(
+            f"The budget is {what} for every arm, and a sample costs each method a different share of it, so the arms "
+            f"saw different numbers of samples: {_each(seen)}. The shorter sequences are the beginnings of the longer "
+            "ones."
+        )
+
+    def _parameters(self) -> None:
+        parts = {}
+        for arm, _ in self.trained:
+            own = [f"{name} {amount(n)}" for name, n in arm.modules.items() if name != "encoder"]
+            besides = sum(n for name, n in arm.modules.items() if name != "encoder")
+            parts[arm.name] = f"{amount(besides)} ({listed(own)})" if own else "nothing"
+        if len(set(parts.values())) > 1:
+            encoder = amount(self.trained[0][1].parameters["encoder"])
+            self.differences.append(
+                f"Besides the encoder ({encoder} parameters), methods train parts of their own: "
+                f"{listed([f'{name} {part}' for name, part in parts.items()])}. Only the encoder is compared, and the "
+                "text tower where images and texts are matched."
+            )
+
+    def _cost(self) -> None:
+        per_sample = {arm.name: summary.flops / max(summary.samples_seen, 1) for arm, summary in self.trained}
+        if len({flops(x) for x in per_sample.values()}) < 2:
+            return
+        cheapest = min(per_sample, key=per_sample.__getitem__)
+        text = (
+            f"One training sample costs "
+            f"{listed([f'{name} {flops(x)} ({x / per_sample[cheapest]:.1f} x)' for name, x in per_sample.items()])}, "
+            "forward and backward"
+        )
+        masked = [name for name in per_sample if find(name).masked]
+        if masked:
+            text += f"; {listed(masked)} encode{'s' if len(masked) == 1 else ''} only the visible patches of an image"
+        self.differences.append(f"{text}.")
+
+    def _settings(self) -> None:
+        runs = {arm.name: flat({k: v for k, v in arm.run.items() if k != "method"}) for arm, _ in self.trained}
+        if not runs:
+            return
+        keys = [key for key in next(iter(runs.values())) if key not in _PER_RUN]
+        unequal = [key for key in keys if len({setting(run.get(key)) for run in runs.values()}) > 1]
+        own = [key for key in unequal if key.startswith("optim.")]
+        if own:
+            self.differences.append(
+                "Every method is trained with the optimizer settings of its source, or those that the plan gives it: "
+                f"{_settings_of(own, runs)}."
+            )
+        others = [key for key in unequal if key not in own]
+        if others:
+            self.differences.append(f"The plan gives arms different settings: {_settings_of(others, runs)}.")
+        for name, over in self.result.plan.overrides.items():
+            changed = listed([f"{key} = {setting(value)}" for key, value in flat(over).items()])
+            self.differences.append(f"The plan overrides defaults of {name}: {changed}.")
+
+    def _machines(self) -> None:
+        for what in ("precision", "device", "world_size"):
+            found = {self._label(arm): str(getattr(summary, what)) for arm, summary in self.trained}
+            if len(set(found.values())) > 1:
+                self.differences.append(f"Not all arms ran with the same {what.replace('_', ' ')}: {_each(found)}.")
+
+    def _skipped(self) -> None:
+        found = {self._label(arm): f"{summary.skipped_steps:,}" for arm, summary in self.trained}
+        if any(summary.skipped_steps for _, summary in self.trained):
+            self.differences.append(f"Steps whose gradient was not finite were left out: {_each(found)}.")
+
+    def _by_arm(self, pick: Pick) -> dict[str, str]:
+        return {self._label(arm): pick(arm) for arm in self.arms if pick(arm) != ABSENT}
+
+    def _label(self, arm: Arm) -> str:
+        return f"{arm.name}{self._under(arm.seed)}"
+
+    def _under(self, seed: int) -> str:
+        return f" under seed {seed}" if len(self.result.plan.seeds) > 1 else ""
+
+
+def _each(values: dict[str, str]) -> str:
+    return listed([f"{name} {value}" for name, value in values.items()])
+
+
+def _settings_of(keys: Sequence[str], runs: dict[str, dict[str, Any]]) -> str:
+    per_key = [f"{key.partition('.')[2]} ({_each({n: setting(r.get(key)) for n, r in runs.items()})})" for key in keys]
+    return "; ".join(per_key)

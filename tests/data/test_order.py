@@ -1,0 +1,106 @@
+"""The order: every pass a fresh permutation, any position in O(1), and nothing remembered."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from altsight.data.order import Order
+
+
+def one_pass(order: Order, number: int = 0) -> list[int]:
+    return order.samples(np.arange(number * order.size, (number + 1) * order.size)).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 700),
+    seed=st.integers(0, 2**32),
+    number=st.integers(0, 10**9),
+    block=st.integers(1, 9),
+    blocks=st.integers(1, 9),
+)
+@example(size=1, seed=0, number=0, block=4, blocks=2)
+@example(size=3, seed=0, number=0, block=4, blocks=2)
+@example(size=4, seed=0, number=0, block=4, blocks=2)
+@example(size=5, seed=0, number=0, block=4, blocks=2)
+@example(size=8, seed=0, number=0, block=4, blocks=2)
+@example(size=9, seed=0, number=0, block=4, blocks=2)
+@example(size=17, seed=0, number=0, block=4, blocks=2)
+def test_every_pass_is_a_permutation(size: int, seed: int, number: int, block: int, blocks: int) -> None:
+    order = Order(size, seed, block, block * blocks)
+    assert sorted(one_pass(order, number)) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [255, 256, 257, 65535, 65536, 65537, 65536 + 300, 200_000])
+def test_permutation_at_the_edges_of_block_and_window(size: int) -> None:
+    assert len(np.unique(Order(size, 1).samples(np.arange(size)))) == size
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 5000), seed=st.integers(0, 99), positions=st.lists(st.integers(0, 10**12), min_size=1))
+def test_a_position_alone_gives_what_it_gives_among_others(size: int, seed: int, positions: list[int]) -> None:
+    together = Order(size, seed, 8, 32).samples(np.array(positions)).tolist()
+    assert together == [Order(size, seed, 8, 32).sample(p) for p in positions]
+
+
+def test_passes_and_seeds_differ() -> None:
+    orders = [one_pass(Order(100, seed), number) for seed in range(3) for number in range(3)]
+    for i, a in enumerate(orders):
+        for b in orders[:i]:
+            # Two independent permutations agree in one place on average; Poisson(1) puts 1e-7 above 9.
+            assert sum(x == y for x, y in zip(a, b, strict=True)) < 10
+
+
+def test_every_sample_is_equally_likely_at_every_place() -> None:
+    # A ragged tail (40 = 5 blocks of 7 and 5 left over) must not favour anything.
+    size, runs = 40, 1200
+    order = Order(size, 3, block=7, window=14)
+    for place in (0, 13, 14, 39):
+        samples = order.samples(place + size * np.arange(runs))
+        counts = np.bincount(samples, minlength=size)
+        assert ((counts - runs / size) ** 2 / (runs / size)).sum() < 86  # chi-square, 39 degrees of freedom, p = 2e-5
+
+
+def test_a_data_set_within_one_window_is_shuffled_without_trace_of_its_blocks() -> None:
+    samples = np.array(one_pass(Order(4096, 0)))
+    near = np.abs(np.diff(samples)) <= 2
+    # Among 4,095 pairs of a uniform shuffle about 4 are that close.
+    assert near.sum() < 20
+    assert abs(np.corrcoef(np.arange(4096), samples)[0, 1]) < 0.07
+
+
+def test_a_window_reads_few_places() -> None:
+    order = Order(1_000_000, 0, block=100, window=1000)
+    samples = np.sort(order.samples(np.arange(5000, 6000)))
+    runs = 1 + (np.diff(samples) > 1).sum()
+    # Ten blocks; the rotation may cut one of them at the end of the data set.
+    assert runs <= 11
+
+
+def test_replacements_are_pure_differ_by_attempt_and_shift_nothing() -> None:
+    order = Order(1000, 5)
+    before = one_pass(order)
+    drawn = [[order.sample(p, attempt) for attempt in range(1, 6)] for p in range(200)]
+    assert drawn == [[order.sample(p, attempt) for attempt in range(1, 6)] for p in range(200)]
+    assert one_pass(order) == before
+    flat = np.array(drawn).ravel()
+    assert flat.min() >= 0
+    assert flat.max() < 1000
+    # 1,000 draws out of 1,000 samples hit 632 different ones on average, with a standard deviation of 10.
+    assert 580 < len(np.unique(flat)) < 690
+    assert Order(1, 0).sample(7, attempt=3) == 0
+
+
+def test_nothing_of_the_size_of_the_data_set_is_held() -> None:
+    order = Order(10**13, 0)
+    tracemalloc.start()
+    samples = order.samples(np.array([0, 10**13 - 1, 10**15]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000
+    assert ((samples >= 0) & (samples < 10**13)).all()

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from altsight.core.errors import UserError
+from altsight.evals.base import Task
+from altsight.evals.zeroshot import classifier, words, zeroshot
+from tests.evals.conftest import COLOURS, MakeSplit, Sample, coloured, make_view, near
+
+
+class RandomTexts:
+    """Stands in for a view: each text has a random unit vector; remembers what it was asked for."""
+
+    name = "random"
+
+    def __init__(self) -> None:
+        self.cache: dict[str, object] = {}
+        self.asked: list[list[str]] = []
+
+    def encode_text(self, texts: list[str]) -> torch.Tensor:
+        self.asked.append(list(texts))
+        return torch.tensor(np.stack([self.vector(text) for text in texts])).float()
+
+    @staticmethod
+    def vector(text: str) -> np.ndarray:
+        vector = np.random.default_rng(list(text.encode())).normal(size=6)
+        return vector / np.sqrt((vector**2).sum())
+
+
+def test_the_classifier_is_the_normalised_mean_of_normalised_prompts() -> None:
+    classes, prompts = ["cat", "big_dog", "air-plane/jet"], ["a {}", "the {} there", "{}"]
+    found = classifier(RandomTexts(), classes, prompts).numpy()  # type: ignore[arg-type]
+    for row, name in zip(found, ["cat", "big dog", "air plane jet"], strict=True):
+        mean = sum(RandomTexts.vector(text) for text in (f"a {name}", f"the {name} there", name)) / 3
+        np.testing.assert_allclose(row, mean / np.sqrt((mean**2).sum()), rtol=1e-5)
+
+
+def test_the_classifier_is_kept_for_its_classes_and_prompts() -> None:
+    view = RandomTexts()
+    for prompts in (["a {}"], ["a {}"], ["the {}"]):
+        classifier(view, ["cat", "dog"], prompts)  # type: ignore[arg-type]
+    assert view.asked == [["a cat", "a dog"], ["the cat", "the dog"]]
+
+
+def test_labels_become_words() -> None:
+    assert words("animal-mammal") == "animal mammal"
+    assert words("_food__sweet/cake ") == "food sweet cake"
+
+
+def test_top1_of_a_view(colours: Task) -> None:
+    (result,) = zeroshot(make_view(dual=True), colours)
+    assert result.value == 1
+    assert result.chance == pytest.approx(1 / 3)
+    assert (result.n, result.metric, result.feature_point) == (24, "top1", "mean, projected")
+    assert result.extra["prompts"] == ["{}", "{} thing"]
+    assert result.extra["commonest"] == pytest.approx(1 / 3)
+
+
+def test_top5_counts_the_five_nearest_classes(make_split: MakeSplit) -> None:
+    # Only the colours have a text vector of their own; the other classes all lie at grey, and ties go by index.
+    samples = [Sample(near("red", i), name) for i in range(4) for name in ("red", "a", "b", "c", "d", "e")]
+    split = make_split("test", samples)
+    top1, top5 = zeroshot(make_view(dual=True), Task("t", split, split, split, label="kind"))
+    # The ranking is red, then a, b, c, d, e: only e is not among five, and only red is first.
+    assert (top1.value, top5.value) == (pytest.approx(1 / 6), pytest.approx(5 / 6))
+    assert (top1.chance, top5.chance) == (pytest.approx(1 / 6), pytest.approx(5 / 6))
+
+
+def test_samples_without_a_label_or_image_do_not_shift_the_others(make_split: MakeSplit) -> None:
+    samples = coloured(3)
+    samples[2], samples[4] = Sample(None, "blue"), Sample(COLOURS["red"])
+    split = make_split("test", samples)
+    (result,) = zeroshot(make_view(dual=True), Task("t", split, split, split, label="kind"))
+    assert (result.value, result.n) == (1, 7)
+    assert result.note == "test: left out 1 with a broken image and 1 with no label"
+
+
+def test_shuffled_labels_give_chance(make_split: MakeSplit) -> None:
+    draw = np.random.default_rng(0)
+    names = ("red", "green", "blue")
+    samples = [Sample(s.colour, str(draw.choice(names))) for s in coloured(60)]
+    split = make_split("test", samples)
+    (result,) = zeroshot(make_view(dual=True, batch_size=64), Task("t", split, split, split, label="kind"))
+    assert result.low is not None and result.high is not None
+    assert result.low < 1 / 3 < result.high
+
+
+def test_without_a_text_tower_it_is_not_applicable(colours: Task) -> None:
+    (result,) = zeroshot(make_view(), colours)
+    assert result.value is None and result.low is None
+    assert result.note == "not applicable: this encoder has no text tower"
+
+
+def test_a_task_without_labels_yields_nothing(colours: Task) -> None:
+    assert list(zeroshot(make_view(dual=True), Task("plain", colours.train, colours.val, colours.test))) == []
+
+
+@pytest.mark.parametrize("prompts", [("a photo",), ("{} and {}",), ()])
+def test_a_prompt_needs_one_place_for_the_class(prompts: tuple[str, ...], colours: Task) -> None:
+    task = Task("t", colours.train, colours.val, colours.test, label="kind", prompts=prompts)
+    with pytest.raises(UserError, match="prompt"):
+        list(zeroshot(make_view(dual=True), task))
