@@ -26,7 +26,7 @@ from altsight.train.accumulate import Accumulator
 from altsight.train.guard import Guard
 from altsight.train.log import Log, console
 from altsight.train.optim import make_optimizer, make_schedule
-from altsight.train.parallel import autocast, parallelize
+from altsight.train.parallel import parallelize, precision
 from altsight.train.run import Run, build, load_run, pick_device, pick_precision, save_run, weights_hash
 from altsight.train.signals import stop_signals
 from altsight.train.state import Meter, State, Summary, peak_memory, sequence_hash
@@ -173,7 +173,7 @@ def _assemble(
     ema = ModelEmaV3(method, decay=run.optim.ema) if run.optim.ema else None
     optimizer = make_optimizer(method, run.optim, run.train.batch)
     model = parallelize(method, run.train.compile)
-    context = functools.partial(autocast, device, dtype)
+    context = functools.partial(precision, device, dtype)
     accumulator = Accumulator(method, model, run.train.seed, run.train.micro_batch, context)
     guard = Guard(directory / "flight", run.train.max_skipped)
     return _Training(run, method, optimizer, accumulator, guard, State(), ema, device)

@@ -1,9 +1,13 @@
-"""How a method is spread over processors: compile first, then DDP."""
+"""How a method is spread over processors: compile first, then DDP; and the precision it computes in."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from altsight.core.dist import world
@@ -26,6 +30,17 @@ def parallelize(method: Method, compile_modules: bool) -> nn.Module:
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return the autocast context for `dtype`; switched off for fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32)
+@contextmanager
+def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Compute in `dtype`: autocast for bf16, nothing for fp32.
+
+    On a CPU bf16 attention is computed by plain matrix products: for the short sequences of small images torch's
+    fused kernel, above all its backward, is 1.4 times slower (`bench/attention.py`).
+    """
+    half = dtype != torch.float32
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+        if half and device.type == "cpu":
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        else:
+            yield

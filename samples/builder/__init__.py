@@ -1,0 +1,1 @@
+"""Builds the shards of `altsight_samples` from public packages; see samples/README.md."""
