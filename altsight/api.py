@@ -1,4 +1,4 @@
-"""The Python interface: `prepare`, `pretrain`, `load`, `evaluate`, `study`; what the command line does, as functions."""
+"""The Python interface: what the command line does, as functions."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 from rich.progress import Progress
@@ -70,6 +70,8 @@ class Check:
     """Global batch of the run."""
     samples: int = 100_000
     """Samples that the run is to see."""
+    context: int = 77
+    """Tokens that the text tower of the run reads; longer captions are cut."""
     workers: int = os.cpu_count() or 1
     """Processes that decode."""
     json: bool = False
@@ -88,10 +90,11 @@ def check(argv: Sequence[str]) -> int:
     with progress_bar(transient=True) as bar:
         report = check_data(
             prepared,
-            options.batch,
-            options.samples,
-            options.workers,
-            lambda what, done, total: draw(bar, what, done, total),
+            batch=options.batch,
+            samples=options.samples,
+            workers=options.workers,
+            context=options.context,
+            progress=lambda what, done, total: draw(bar, what, done, total),
         )
     if options.json:
         print(json.dumps(asdict(report), indent=1))
@@ -104,7 +107,7 @@ def check(argv: Sequence[str]) -> int:
 class Pretrain(Generic[M]):
     """Pre-train one method on prepared data; the same command again goes on where the run stopped."""
 
-    run: tyro.conf.OmitArgPrefixes[Run[M]]
+    run: Annotated[Run[M], tyro.conf.arg(name="")]
     out: Path
     """Folder of the run."""
 
@@ -130,7 +133,8 @@ def pretrain(argv: Sequence[str]) -> int:
     finally:
         dist.stop()
     if dist.world().is_main:
-        console.print(f"{done.samples_seen:,} samples, {done.flops:.3g} FLOPs, {done.wall_seconds:.0f} s -> {options.out}")
+        cost = f"{done.flops:.3g} FLOPs, {done.wall_seconds:.0f} s"
+        console.print(f"{done.samples_seen:,} samples, {cost} -> {options.out}")
     return 0
 
 

@@ -20,8 +20,8 @@ from altsight.data.prepare import PrepareConfig, Prepared, open_prepared, prepar
 from altsight.methods.base import Corpus
 from altsight.recipes import demo_plan
 from altsight.study.plan import locate
-from altsight.train.loop import pretrain
 from altsight.train.log import read_log
+from altsight.train.loop import pretrain
 from altsight.train.run import build
 
 STEPS = 30
@@ -60,7 +60,8 @@ def step_speed(arm: str, prepared: Prepared, folder: Path) -> tuple[float, float
 
 def main() -> None:
     """Print the table."""
-    table = Table("what", "samples/s", "data wait", title=f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    title = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    table = Table("what", "samples/s", "data wait", title=title)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepared = prepared_samples(folder / "data")

@@ -86,6 +86,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Gather the rows of all ranks."""
         out = x.new_empty((world().size * x.shape[0], *x.shape[1:]))
         td.all_gather_into_tensor(out, x.contiguous())
         ctx.rows = x.shape[0]
@@ -93,6 +94,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Add up what all ranks say about this rank's rows."""
         grad = grads[0].contiguous()
         td.all_reduce(grad)
         start = world().rank * ctx.rows
@@ -107,4 +109,4 @@ def gather(x: Tensor) -> Tensor:
     """
     if world().size == 1:
         return x
-    return _Gather.apply(x)  # type: ignore[no-any-return]
+    return _Gather.apply(x)

@@ -12,8 +12,9 @@ import numpy as np
 from altsight.core.errors import UserError
 from altsight.data.loader import check_batch
 from altsight.data.measure import Measured, measure, text_hash
-from altsight.data.prepare import PERCENTILES, Prepared, Progress, percentiles, silent
+from altsight.data.prepare import Prepared
 from altsight.data.sources import Pairs
+from altsight.data.survey import PERCENTILES, Progress, percentiles, silent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +89,7 @@ class Report:
 
 
 def check(
-    prepared: Prepared, batch: int, samples: int, workers: int = 0, context: int = 77, progress: Progress = silent
+    prepared: Prepared, batch: int, samples: int, workers: int = 0, progress: Progress = silent, context: int = 77
 ) -> Report:
     """Look at every sample of `prepared` and say what a run will meet.
 
@@ -97,8 +98,8 @@ def check(
         batch: global batch of the run.
         samples: samples seen by the run.
         workers: processes that decode; 0 decodes in this one.
-        context: tokens of the text tower, start and end included.
         progress: called with what is being done, how much of it is done, and how much there is.
+        context: tokens of the text tower, start and end included.
 
     Raises:
         UserError: it cannot be trained on: no sample has an image that can be decoded (and a caption, where the data
@@ -264,7 +265,8 @@ def _table(console: Console, title: str, rows: Mapping[str, int | str]) -> None:
 def _percentile_table(console: Console, report: Report) -> None:
     from rich.table import Table
 
-    table = Table("", box=None, padding=(0, 2))
+    table = Table(box=None, padding=(0, 1))
+    table.add_column(no_wrap=True)
     for p in PERCENTILES:
         table.add_column({0: "least", 50: "median", 100: "most"}.get(p, f"{p} %"), justify="right")
     rows = {

@@ -28,7 +28,7 @@ Pixels = npt.NDArray[np.uint8]
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-class BrokenImage(ValueError):  # noqa: N818 - it names the image, not a fault of the program
+class BrokenImage(ValueError):
     """The bytes cannot be decoded to an image; the loader replaces the sample and counts it."""
 
 

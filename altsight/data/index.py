@@ -140,21 +140,19 @@ def _samples(number: int, shard: Path) -> Iterator[tuple[int, ...]]:
 def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset, size) of every plain file in the tar `shard`."""
     try:
-        end = shard.stat().st_size
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                if not member.isfile() or member.issparse():
-                    continue
-                if member.offset_data + member.size > end:
-                    raise tarfile.ReadError("unexpected end of data")
-                yield member.name, member.offset_data, member.size
+                if member.size < 0:  # tarfile would go back and read the same member for ever
+                    raise tarfile.ReadError("negative size")
+                if member.isfile() and not member.issparse():
+                    yield member.name, member.offset_data, member.size
             # A tar ends with a block of zeros; where a cut falls between two members only its absence tells.
             with shard.open("rb") as file:
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("no end-of-archive block")
-    # Damaged headers make tarfile raise ValueError (numbers, names) and OverflowError (offsets) besides its own errors.
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    # Damaged numbers in headers make tarfile raise ValueError besides its own errors.
+    except (tarfile.TarError, ValueError) as error:
         raise UserError(
             f"the shard '{shard}' is truncated or not a tar file ({error}): download it again or remove it."
         ) from None

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from altsight.core.errors import UserError
 from altsight.data.decode import BrokenImage, decode
-from altsight.data.prepare import Progress
 from altsight.data.sources import Pairs
+from altsight.data.survey import Progress
 from altsight.data.text import Tokenizer
 
 IMAGE = np.dtype([("content", "<u8"), ("looks", "<u8"), ("height", "<u4"), ("width", "<u4"), ("label", "<i4")])

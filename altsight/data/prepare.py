@@ -9,33 +9,24 @@ import hashlib
 import itertools
 import os
 import shutil
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tyro.conf import Positional
 
 from altsight.core.config import read_json, write_json
 from altsight.core.errors import UserError
 from altsight.data.index import SAMPLE, Index, find_shards, index_shards
-from altsight.data.sources import Captions, Pairs, require_text
+from altsight.data.sources import Captions, Pairs
+from altsight.data.survey import Progress, Survey, percentiles, silent, token_counts
 from altsight.data.text import Tokenizer, load_tokenizer, train_tokenizer
 
 VERSION = 1
 INDEX, TOKENIZER, DATASET = "index.npy", "tokenizer.json", "dataset.json"
-PERCENTILES = (0, 1, 5, 50, 95, 99, 100)
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """The progress that shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ def prepare(config: PrepareConfig, progress: Progress = silent) -> Prepared:
     known = load_tokenizer(config.tokenizer) if config.tokenizer and not config.images_only else None
     with _appears_whole(config.out) as folder:
         source = _index(config.source, captions, config.label, progress)
-        survey = _Survey(source, config.source, needs_text=not config.images_only)
+        survey = Survey(source, config.source, needs_text=not config.images_only)
         if known or config.images_only:
             tokenizer = known
             survey.run(progress)
@@ -100,7 +91,7 @@ def prepare(config: PrepareConfig, progress: Progress = silent) -> Prepared:
             tokenizer = train_tokenizer(survey.captions(progress), config.vocab_size)
         statistics = survey.statistics()
         if tokenizer:
-            statistics["caption_tokens"] = percentiles(_token_counts(source, tokenizer, progress))
+            statistics["caption_tokens"] = percentiles(token_counts(source, tokenizer, progress))
         with _writing(config.out):
             _write(folder, replace(source, classes=survey.classes), tokenizer, statistics)
     return open_prepared(config.out)
@@ -113,7 +104,7 @@ def read_source(source: str, captions: Sequence[str] = ("{txt}",), label: str = 
         UserError: the source, the captions or the label cannot be used.
     """
     pairs = _index(source, Captions(tuple(captions)), label, silent)
-    survey = _Survey(pairs, source, needs_text=False)
+    survey = Survey(pairs, source, needs_text=False)
     if label:
         survey.run(silent)
     return Prepared(Path(source), replace(pairs, classes=survey.classes))
@@ -147,64 +138,6 @@ def open_prepared(directory: str | os.PathLike[str]) -> Prepared:
     return Prepared(directory, source, tokenizer, data["statistics"])
 
 
-def percentiles(values: npt.ArrayLike) -> dict[str, float]:
-    """Return "p0" (least), "p1", "p5", "p50", "p95", "p99", "p100" (most) of `values`; {} where there are none."""
-    numbers = np.asarray(values)
-    if not numbers.size:
-        return {}
-    return {f"p{p}": round(float(v), 3) for p, v in zip(PERCENTILES, np.percentile(numbers, PERCENTILES), strict=True)}
-
-
-@dataclass
-class _Survey:
-    """One pass over the text and the labels of all samples of `source`, read at `where`."""
-
-    source: Pairs
-    where: str
-    needs_text: bool
-    captioned: int = 0
-    characters: array[int] = field(default_factory=lambda: array("I"))
-    names: set[str] = field(default_factory=set)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return tuple(sorted(self.names))
-
-    def run(self, progress: Progress) -> None:
-        for _ in self.captions(progress):
-            pass
-
-    def captions(self, progress: Progress) -> Iterator[str]:
-        """Yield every caption and take note of it; the end raises UserError if text or labels are asked for in vain."""
-        size = len(self.source)
-        for i in range(size):
-            values = self.source.values(i)
-            captions = self.source.captions(values)
-            self.captioned += bool(captions)
-            self.characters.extend(map(len, captions))
-            self.names.add(self.source.class_name(values))
-            yield from captions
-            _tick("reading captions", i + 1, size, progress)
-        self.names.discard("")
-        if self.needs_text:
-            require_text(self.captioned, size, self.where, self.source.fields(0))
-        if self.source.label and not self.names:
-            known = ", ".join(sorted(self.source.fields(0)))
-            raise UserError(
-                f"no sample of '{self.where}' has the label field '{self.source.label}': give --label a field that its "
-                f"samples have ({known or 'no JSON field found'})."
-            )
-
-    def statistics(self) -> dict[str, Any]:
-        return {
-            "samples": len(self.source),
-            "with_caption": self.captioned,
-            "captions": len(self.characters),
-            "caption_characters": percentiles(self.characters),
-            "image_bytes": percentiles(self.source.index.samples["image_size"]),
-        }
-
-
 def _index(source: str, captions: Captions, label: str, progress: Progress) -> Pairs:
     shards = find_shards(source)
     done = itertools.count(1)
@@ -214,20 +147,6 @@ def _index(source: str, captions: Captions, label: str, progress: Progress) -> P
             f"the shards of '{source}' hold no image: altsight reads tar members named KEY.jpg, KEY.png or KEY.webp."
         )
     return Pairs(index, captions, label)
-
-
-def _token_counts(source: Pairs, tokenizer: Tokenizer, progress: Progress) -> list[int]:
-    """Return the number of tokens of every caption, start and end included."""
-    counts = []
-    for i in range(len(source)):
-        counts += [tokenizer.count(caption) for caption in source.all_captions(i)]
-        _tick("counting tokens", i + 1, len(source), progress)
-    return counts
-
-
-def _tick(what: str, done: int, total: int, progress: Progress) -> None:
-    if done % 1000 == 0 or done == total:
-        progress(what, done, total)
 
 
 def _write(folder: Path, source: Pairs, tokenizer: Tokenizer | None, statistics: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from altsight.data.sources import Pairs
 from altsight.data.views import center_crop
 from altsight.nn.encoder import Encoder, FeaturePoint
 from altsight.nn.text import TextTower
+from altsight.train.parallel import precision
 
 ImageLike = str | Path | PIL.Image.Image | np.ndarray[Any, Any] | Tensor
 """A path, a PIL image, an array or tensor of uint8 (H, W, 3) or (3, H, W)."""
@@ -117,6 +118,8 @@ class View:
     text: TextTower | None = None
     image_projection: nn.Module | None = None
     batch_size: int = 256
+    dtype: torch.dtype = torch.float32
+    """bfloat16 computes the encoder in mixed precision, as it was trained; the features are fp32 in any case."""
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
     """Features that were already extracted, by the name of what they come from."""
 
@@ -142,7 +145,8 @@ class View:
         for start in range(0, len(images), self.batch_size):
             chunk = images[start : start + self.batch_size]
             pixels = chunk if isinstance(chunk, Tensor) else torch.stack([self._pixels(i) for i in chunk])
-            encoded = self.encoder(self.encoder.normalize(pixels.to(self.device)))
+            with precision(self.device, self.dtype):
+                encoded = self.encoder(self.encoder.normalize(pixels.to(self.device)))
             parts.append(self.encoder.point(encoded, self.feature_point).float().cpu())
         return torch.cat(parts)
 

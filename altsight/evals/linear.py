@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -129,59 +127,56 @@ class Probe:
         spread, axes = torch.linalg.eigh(centred.T @ centred / self.n)
         # Directions whose variance is below the rounding of fp32 features carry no information and get weight 0.
         used = spread > 1e-14 * (spread.sum() + self.mean.square().sum())
-        self.spread, self.axes = spread[used], axes[:, used]
-        self.rotated = (centred @ self.axes).float().to(device)
-        self.solutions: dict[float, tuple[Tensor, Tensor]] = {}
+        self.rotated = (centred @ axes[:, used]).float().to(device)
+        self.mean, self.spread, self.axes = self.mean.to(device), spread[used].to(device), axes[:, used].to(device)
+        self.solutions: dict[float, Tensor] = {}
 
     def fit(self, strength: float) -> Fit:
         """Return the minimum at an L2 `strength` (scikit-learn's 1 / C)."""
-        from scipy.optimize import minimize
-
         # At equal probabilities the softmax has curvature (K - 1) / K^2 in each logit.
-        curvature = (self.k - 1) / self.k**2
+        curvature = max((self.k - 1) / self.k**2, 1e-12)
         scale = (curvature * self.spread + strength / self.n).rsqrt()
-        bias_scale = max(curvature, 1e-12) ** -0.5
-        weight, bias = self._start(strength)
-        start = torch.cat([weight / scale[:, None], bias[None] / bias_scale])
-        found = minimize(
-            self._objective(strength, scale, bias_scale),
-            start.flatten().numpy(),
-            jac=True,
-            method="L-BFGS-B",
-            options={"maxiter": MAX_ITERATIONS, "gtol": TOLERANCE, "ftol": 0.0, "maxfun": 2 * MAX_ITERATIONS},
+        scale = torch.cat([scale, scale.new_full((1,), curvature**-0.5)])[:, None]
+        point = (self._start(strength) / scale).requires_grad_()
+        search = torch.optim.LBFGS(
+            [point],
+            max_iter=MAX_ITERATIONS,
+            tolerance_grad=TOLERANCE,
+            tolerance_change=0.0,
+            history_size=10,
+            line_search_fn="strong_wolfe",
         )
-        solution = torch.from_numpy(found.x).view_as(start)
-        weight, bias = solution[:-1] * scale[:, None], solution[-1] * bias_scale
-        self.solutions[strength] = (weight, bias)
-        raw = self.axes @ weight
-        return Fit(raw, bias - self.mean @ raw, self.classes, int(found.nit), bool(found.success))
+        search.step(self._objective(point, scale, strength))
+        solution = point.detach() * scale
+        self.solutions[strength] = solution
+        weight = self.axes @ solution[:-1]
+        bias = solution[-1] - self.mean @ weight
+        iterations = int(search.state[point]["n_iter"])
+        return Fit(weight.cpu(), bias.cpu(), self.classes, iterations, iterations < MAX_ITERATIONS)
 
-    def _start(self, strength: float) -> tuple[Tensor, Tensor]:
+    def _start(self, strength: float) -> Tensor:
+        """Return the solution (rank + 1, K) of the nearest stronger fit, the bias in the last row; zeros if none."""
         stronger = [s for s in self.solutions if s >= strength]
         if stronger:
             return self.solutions[min(stronger)]
-        return torch.zeros(len(self.spread), self.k, dtype=torch.float64), torch.zeros(self.k, dtype=torch.float64)
+        return torch.zeros(len(self.spread) + 1, self.k, dtype=torch.float64, device=self.rotated.device)
 
-    def _objective(
-        self, strength: float, scale: Tensor, bias_scale: float
-    ) -> Callable[[npt.NDArray[np.float64]], tuple[float, npt.NDArray[np.float64]]]:
-        """Return the objective / n and its gradient as a function of the scaled coordinates, flat."""
-        device = self.rotated.device
-        scaled = self.rotated * scale.float().to(device)
-        penalty = (strength / self.n * scale.square())[:, None]
+    def _objective(self, point: Tensor, scale: Tensor, strength: float) -> Callable[[], float]:
+        """Return a function that computes the objective / n at `point` (scaled coordinates) and sets its gradient."""
+        scaled = self.rotated * scale[:-1, 0].float()
+        penalty = strength / self.n * scale[:-1].square()
+        rows = torch.arange(self.n, device=scaled.device)
 
-        def evaluate(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-            point = torch.from_numpy(flat).view(-1, self.k)
-            weight, bias = point[:-1], point[-1] * bias_scale
-            logits = torch.addmm(bias.float().to(device), scaled, weight.float().to(device))
-            log_p = F.log_softmax(logits, dim=1)
-            picked = log_p.gather(1, self.targets[:, None])
-            value = -picked.double().mean().item() + 0.5 * (penalty * weight.square()).sum().item()
+        # The products with the features are fp32; what is added up over samples and iterations is fp64.
+        @torch.no_grad()
+        def evaluate() -> float:
+            weight, bias = point[:-1], point[-1] * scale[-1]
+            log_p = F.log_softmax(torch.addmm(bias.float(), scaled, weight.float()), dim=1)
+            value = 0.5 * (penalty * weight.square()).sum() - log_p[rows, self.targets].double().mean()
             residual = log_p.exp_()
-            residual[torch.arange(self.n, device=device), self.targets] -= 1
-            gradient = torch.empty_like(point)
-            gradient[:-1] = (scaled.T @ residual).cpu().double() / self.n + penalty * weight
-            gradient[-1] = residual.double().sum(dim=0).cpu() * (bias_scale / self.n)
-            return value, gradient.flatten().numpy()
+            residual[rows, self.targets] -= 1
+            gradient = (scaled.T @ residual).double() / self.n + penalty * weight
+            point.grad = torch.cat([gradient, residual.double().mean(dim=0, keepdim=True) * scale[-1]])
+            return value.item()
 
         return evaluate

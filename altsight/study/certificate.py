@@ -57,9 +57,12 @@ def _facts(arms: Sequence[Arm]) -> Iterator[Fact]:
     yield _per_seed("initial encoder weights", arms, lambda arm: arm.initial_encoder)
     yield _per_seed("sample sequence", arms, _of_summary(lambda s: s.sample_hash))
     yield _over_all("training data", arms, _of_summary(lambda s: s.data))
-    for what, pick in (("evaluation data", "data"), ("preprocessing", "preprocess")):
-        for task, evaluator in _evaluations(arms):
-            yield _over_all(f"{what}, {task}: {evaluator}", arms, _of_results(task, evaluator, pick))
+    for task in dict.fromkeys(measure[0] for measure in _measures(arms)):
+        mine = [measure for measure in _measures(arms) if measure[0] == task]
+        for evaluator in dict.fromkeys(measure[1] for measure in mine):
+            measures = [measure for measure in mine if measure[1] == evaluator]
+            yield _of_measures(f"evaluation data, {task}: {evaluator}", arms, measures, "data")
+        yield _of_measures(f"preprocessing, {task}", arms, mine, "preprocess")
     yield _over_all("samples seen", arms, _of_summary(lambda s: f"{s.samples_seen:,}"))
     yield _over_all("steps", arms, _of_summary(lambda s: f"{s.steps:,}"))
     yield _over_all("batch", arms, _of_run("train.batch"))
@@ -79,6 +82,8 @@ def _facts(arms: Sequence[Arm]) -> Iterator[Fact]:
 
 
 Pick = Callable[[Arm], str]
+Measure = tuple[str, str, str]
+"""(task, evaluator, metric)"""
 
 
 def _stated(name: str, arms: Sequence[Arm], pick: Pick) -> Fact:
@@ -113,14 +118,25 @@ def _crop(arm: Arm) -> str:
     return f"scale {setting(crop['scale'])}, ratio {setting(crop['ratio'])}, {'flip' if crop['flip'] else 'no flip'}"
 
 
-def _evaluations(arms: Sequence[Arm]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((r.task, r.evaluator) for arm in arms for r in arm.results))
+def _measures(arms: Sequence[Arm]) -> list[Measure]:
+    return list(dict.fromkeys((r.task, r.evaluator, r.metric) for arm in arms for r in arm.results))
 
 
-def _of_results(task: str, evaluator: str, field: str) -> Pick:
+def _of_measures(name: str, arms: Sequence[Arm], measures: Sequence[Measure], field: str) -> Fact:
+    """Return one row for several measures; arms are held against each other measure by measure."""
+    picks = [_of_result(measure, field) for measure in measures]
+    values = tuple(
+        ", ".join(dict.fromkeys(pick(arm) for pick in picks if pick(arm) != ABSENT)) or ABSENT for arm in arms
+    )
+    return Fact(name, values, any(len({pick(arm) for arm in arms} - {ABSENT}) > 1 for pick in picks))
+
+
+def _of_result(measure: Measure, field: str) -> Pick:
+    """Return what picks a field of one measure; ABSENT where an arm has no number there."""
+
     def pick(arm: Arm) -> str:
-        rows = [r for r in arm.results if (r.task, r.evaluator) == (task, evaluator) and r.value is not None]
-        return ", ".join(dict.fromkeys(getattr(r, field) for r in rows if getattr(r, field))) or ABSENT
+        rows = (r for r in arm.results if (r.task, r.evaluator, r.metric) == measure and r.value is not None)
+        return next((str(getattr(r, field)) for r in rows), "") or ABSENT
 
     return pick
 
@@ -185,27 +201,24 @@ class _Sentences:
         )
 
     def _evaluation(self) -> None:
-        unequal = []
-        for task, evaluator in _evaluations(self.arms):
-            for what, field in (("data", "data"), ("preprocessing", "preprocess")):
-                found = self._by_arm(_of_results(task, evaluator, field))
-                if len(set(found.values())) > 1:
-                    unequal.append(f"{task}, {evaluator}: arms were not evaluated with equal {what} ({_each(found)}).")
+        unequal = dict.fromkeys(
+            f"{task}, {evaluator}: arms were not evaluated with equal {what} ({_each(found)})."
+            for task, evaluator, metric in _measures(self.arms)
+            for what, field in (("data", "data"), ("preprocessing", "preprocess"))
+            if len(set((found := self._by_arm((task, evaluator, metric), field)).values())) > 1
+        )
         if unequal:
             self.unexplained += unequal
         elif any(arm.results for arm in self.arms):
             self.same.append(
                 "All arms were evaluated by the same code on the same images, labels and captions, preprocessed alike."
             )
-        self._feature_points()
-
-    def _feature_points(self) -> None:
-        for task, evaluator in _evaluations(self.arms):
-            points = self._by_arm(_of_results(task, evaluator, "feature_point"))
-            if len(set(points.values())) > 1:
-                self.differences.append(
-                    f"{task}, {evaluator}: features are read at each method's own feature point ({_each(points)})."
-                )
+        points = dict.fromkeys(
+            f"{task}, {evaluator}: features are read at each method's own feature point ({_each(found)})."
+            for task, evaluator, metric in _measures(self.arms)
+            if len(set((found := self._by_arm((task, evaluator, metric), "feature_point")).values())) > 1
+        )
+        self.differences += points
 
     def _amounts(self) -> None:
         seen = {arm.name: f"{summary.samples_seen:,}" for arm, summary in self.trained}
@@ -227,7 +240,7 @@ class _Sentences:
     def _parameters(self) -> None:
         parts = {}
         for arm, _ in self.trained:
-            own = [f"{name} {amount(n)}" for name, n in arm.modules.items() if name != "encoder"]
+            own = [f"{name.replace('_', ' ')} {amount(n)}" for name, n in arm.modules.items() if name != "encoder"]
             besides = sum(n for name, n in arm.modules.items() if name != "encoder")
             parts[arm.name] = f"{amount(besides)} ({listed(own)})" if own else "nothing"
         if len(set(parts.values())) > 1:
@@ -243,11 +256,8 @@ class _Sentences:
         if len({flops(x) for x in per_sample.values()}) < 2:
             return
         cheapest = min(per_sample, key=per_sample.__getitem__)
-        text = (
-            f"One training sample costs "
-            f"{listed([f'{name} {flops(x)} ({x / per_sample[cheapest]:.1f} x)' for name, x in per_sample.items()])}, "
-            "forward and backward"
-        )
+        costs = [f"{name} {flops(x)} ({x / per_sample[cheapest]:.1f}-fold)" for name, x in per_sample.items()]
+        text = f"Forward and backward of one sample cost {listed(costs)}"
         masked = [name for name in per_sample if find(name).masked]
         if masked:
             text += f"; {listed(masked)} encode{'s' if len(masked) == 1 else ''} only the visible patches of an image"
@@ -283,7 +293,8 @@ class _Sentences:
         if any(summary.skipped_steps for _, summary in self.trained):
             self.differences.append(f"Steps whose gradient was not finite were left out: {_each(found)}.")
 
-    def _by_arm(self, pick: Pick) -> dict[str, str]:
+    def _by_arm(self, measure: Measure, field: str) -> dict[str, str]:
+        pick = _of_result(measure, field)
         return {self._label(arm): pick(arm) for arm in self.arms if pick(arm) != ABSENT}
 
     def _label(self, arm: Arm) -> str:

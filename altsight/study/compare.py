@@ -31,8 +31,13 @@ class Column:
     evaluator: str
     metric: str
 
+    @property
+    def measure(self) -> str:
+        """Evaluator and metric in words."""
+        return f"{evaluator(self.evaluator)} {metric(self.metric)}"
+
     def __str__(self) -> str:
-        return f"{evaluator(self.evaluator)} {metric(self.metric)} on {self.task}"
+        return f"{self.measure} on {self.task}"
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells by (arm, column); `chance` where a column has such a level."""
+    """Cells by (arm, column); chance, commonest: what blind guessing and the commonest class score, where known."""
 
     columns: tuple[Column, ...]
     arms: tuple[str, ...]
     cells: dict[tuple[str, Column], Cell]
     chance: dict[Column, float]
+    commonest: dict[Column, float]
 
     @property
     def main(self) -> list[Column]:
@@ -79,17 +85,25 @@ def tabulate(result: StudyResult, meters: bool = False) -> Table:
     """Return the table of `result`; `meters` asks for the collapse meters, otherwise they are left out."""
     rows = _rows(result)
     columns = [column for column in _columns(result) if (column.evaluator in METERS) == meters]
-    cells, chance = {}, {}
+    cells, chance, commonest = {}, {}, {}
     for column in columns:
         found = {name: rows.get((name, column), []) for name in result.names}
         for name, values in found.items():
             cells[name, column] = _cell(values)
-        levels = [r.chance for values in found.values() for r in values if r.chance is not None]
-        if levels:
-            chance[column] = levels[0]
+        for r in (r for values in found.values() for r in values if r.value is not None):
+            if r.chance is not None:
+                chance[column] = r.chance
+            if "commonest" in r.extra and r.metric == "top1":
+                commonest[column] = r.extra["commonest"]
         if not meters:
             _mark(cells, column, {name: found[name] for name in result.names if result.kind(name) == "method"})
-    return Table(tuple(columns), tuple(result.names), cells, chance)
+    return Table(tuple(columns), tuple(result.names), cells, chance, commonest)
+
+
+def clearly_better(result: StudyResult, a: str, b: str, column: Column) -> bool:
+    """True if arm `a` is better than arm `b` in `column` beyond doubt (see `separable`)."""
+    rows = _rows(result)
+    return separable(rows[a, column], rows[b, column])
 
 
 def difference(a: Sequence[Result], b: Sequence[Result]) -> Interval | None:

@@ -16,6 +16,7 @@ PALETTE = ("#3a6fd8", "#d9622b", "#1f9d74", "#a855a8", "#b58a00", "#4aa3c7", "#c
 REFERENCE = "#8a8f98"
 MAX_POINTS = 600
 """Points of one curve; longer logs are thinned evenly."""
+LEAST_SPAN = 10.0
 DASHES = ("solid", "dot", "dash", "dashdot")
 
 
@@ -44,8 +45,8 @@ class Figure:
 
 
 def read_logs(result: StudyResult) -> list[Log]:
-    """Return the logs of all trained arms, in the order of the report."""
-    arms = [arm for name in result.names if name != UNTRAINED for arm in result.of(name)]
+    """Return the logs of all arms, in the order of the report; the untrained encoder's holds its probe."""
+    arms = [arm for name in result.names for arm in result.of(name)]
     return [Log(arm.name, arm.seed, tuple(read_log(result.path(arm)))) for arm in arms]
 
 
@@ -58,7 +59,11 @@ def colours(result: StudyResult) -> dict[str, str]:
 
 def loss_figures(result: StudyResult, logs: Sequence[Log]) -> list[Figure]:
     """Return one figure an arm: its losses differ from other arms' in kind, so they share no axis."""
-    return [_loss_figure(name, logs, colours(result)[name]) for name in dict.fromkeys(log.arm for log in logs)]
+    return [
+        _loss_figure(name, logs, colours(result)[name])
+        for name in dict.fromkeys(log.arm for log in logs)
+        if name != UNTRAINED
+    ]
 
 
 def probe_figure(result: StudyResult, logs: Sequence[Log]) -> Figure | None:
@@ -68,17 +73,20 @@ def probe_figure(result: StudyResult, logs: Sequence[Log]) -> Figure | None:
     if not metric:
         return None
     palette = colours(result)
+    start = {log.seed: [line for line in log.lines if metric in line] for log in logs if log.arm == UNTRAINED}
     traces, x = [], _axes()
-    for log in logs:
-        lines = [line for line in log.lines if metric in line]
+    for log in (log for log in logs if log.arm != UNTRAINED):
+        lines = [*start.get(log.seed, []), *(line for line in log.lines if metric in line)]
         traces.append(
             _trace(_label(result, log), [100 * line[metric] for line in lines], palette[log.arm])
             | {"mode": "lines+markers", "line": _stroke(palette[log.arm], log, result)}
         )
         _extend(x, lines)
     layout = _layout("per cent")
+    layout["yaxis"]["range"] = _range([y for trace in traces for y in trace["y"]])
     task = result.plan.tasks[0].name
-    words = f"Top-1 accuracy of k-NN on the validation split of {task}, taken while training."
+    words = f"Top-1 accuracy of k-NN on the validation split of {task}, taken while training"
+    words += "; all curves start at the untrained encoder." if any(start.values()) else "."
     return Figure("Online probe", words, traces, layout, x)
 
 
@@ -118,6 +126,13 @@ def _label(result: StudyResult, log: Log) -> str:
 
 def _layout(y_title: str) -> dict[str, Any]:
     return {"yaxis": {"title": {"text": y_title}}, "showlegend": True}
+
+
+def _range(values: Sequence[float]) -> list[float]:
+    """Return an axis for per cents that is at least LEAST_SPAN wide, so that noise does not look like progress."""
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    pad = max(LEAST_SPAN - (high - low), 0.1 * (high - low)) / 2
+    return [max(low - pad, 0.0), min(high + pad, 100.0)]
 
 
 def _axes() -> dict[str, list[list[float]]]:

@@ -25,7 +25,7 @@ from altsight.methods.base import Method
 from altsight.study.result import StudyResult
 from altsight.train.run import pick_device
 
-IMAGES = 6
+IMAGES = 8
 QUERIES = 4
 TOP = 5
 PIXELS = 160

@@ -76,9 +76,8 @@ def facts(rows: Sequence[tuple[str, str]], label: str) -> str:
 def plot(figure: Figure, name: str) -> str:
     """Return the place where the page's script draws `figure`, with its data."""
     return (
-        f'<figure><div class="plot" role="img" aria-label="{escape(figure.words)}" data-figure="{name}"></div>'
-        f"<figcaption>{escape(figure.words)}</figcaption>"
-        f'<script type="application/json" id="{name}">{figure.json()}</script></figure>'
+        f'<div class="plot" role="img" aria-label="{escape(figure.words)}" data-figure="{name}"></div>'
+        f'<script type="application/json" id="{name}">{figure.json()}</script>'
     )
 
 

@@ -71,4 +71,5 @@ def _image_query(query: ImageQuery) -> str:
         for text, right in query.found
     )
     alt = escape(query.captions[0])
-    return f'<div class="query pair"><img src="{query.picture}" alt="{alt}"><ol>{items}</ol></div>'
+    truth = f'<p class="small muted">True caption: {escape(query.captions[0])}</p>'
+    return f'<div class="query pair"><img src="{query.picture}" alt="{alt}"><div>{truth}<ol>{items}</ol></div></div>'

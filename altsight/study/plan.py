@@ -19,6 +19,8 @@ SAMPLES = "samples:"
 """Prefix of sources in the embedded sample data: `samples:clipart/train`."""
 PROBES = 8
 """Points of the online probe curve, where the plan does not set `train.probe_every`."""
+LOG_LINES = 100
+"""Points of a loss curve, at least, where a run has as many steps."""
 
 BudgetKind = Literal["samples", "flops", "minutes"]
 
@@ -131,10 +133,10 @@ class Plan:
         merged = merge(to_dict(shared), self.overrides.get(arm, {}))
         kind: Any = Run[find(arm).Config]  # type: ignore[misc]
         run: Run[Any] = from_dict(merged, kind, f"overrides.{arm}")
-        if run.train.probe_every or not run.steps:
-            return run
-        every = max(run.steps // PROBES, 1) * run.train.batch
-        return dataclasses.replace(run, train=dataclasses.replace(run.train, probe_every=every))
+        probe_every = run.train.probe_every or max(run.steps // PROBES, 1) * run.train.batch
+        log_every = min(run.train.log_every, max(run.steps // LOG_LINES, 1))
+        train = dataclasses.replace(run.train, probe_every=probe_every, log_every=log_every)
+        return dataclasses.replace(run, train=train)
 
     def runs(self, samples: Mapping[str, int]) -> list[tuple[str, Run[Any]]]:
         """Return (arm, its run) for every seed and arm; `samples`: arm -> the samples it may see."""

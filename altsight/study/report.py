@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from html import escape
-from itertools import groupby
 from pathlib import Path
 
 from altsight.core import dist
 from altsight.core.config import to_dict
 from altsight.evals.base import Task
 from altsight.study.certificate import certify
-from altsight.study.compare import Cell, Table, tabulate
+from altsight.study.compare import Cell, Column, Table, tabulate
 from altsight.study.figures import Log, loss_figures, probe_figure, read_logs
 from altsight.study.gallery import Gallery, make_gallery
 from altsight.study.page import Section, axis_choice, bullets, facts, page, plot, wide
@@ -30,7 +29,10 @@ SIGNS = {
 }
 METER_WORDS = (
     "An encoder whose features have collapsed gives nearly the same answer to every image. These meters look at the "
-    "features of the test images without any label; they name no winner."
+    "features of the test images without any label, and name no winner. Effective rank: how many directions the "
+    "features use. Std: 1 where they spread evenly over all directions, 0 where all are equal. Uniformity: the lower, "
+    "the more evenly spread. Alignment: the mean squared distance between an image and its mirror image, and between "
+    "an image and its caption."
 )
 
 
@@ -52,13 +54,13 @@ def render(result: StudyResult, logs: Sequence[Log], gallery: Gallery) -> str:
     """Return the report as HTML."""
     table = tabulate(result)
     sections = [
-        Section("verdict", "Verdict", f'<p class="verdict">{escape(" ".join(verdict(result, table)))}</p>'),
+        Section("verdict", "Verdict", _verdict(result, table)),
         Section("results", "Results", _results(result, table)),
         Section("curves", "Curves", _curves(result, logs)),
         Section("pictures", "Reconstructions and captions", reconstructions(gallery)),
         Section("retrieval", "Retrieval", retrieval(gallery)),
         Section("certificate", "Certificate of fairness", _certificate(result)),
-        Section("collapse", "Collapse meters", _meters(tabulate(result, meters=True))),
+        Section("collapse", "Collapse meters", _meters(result)),
         Section("run", "What was run", _what_was_run(result)),
     ]
     plan = result.plan
@@ -67,45 +69,66 @@ def render(result: StudyResult, logs: Sequence[Log], gallery: Gallery) -> str:
     return page(plan.name, subtitle, sections, f"Altsight {result.versions.get('altsight', '')}")
 
 
+def _verdict(result: StudyResult, table: Table) -> str:
+    found = verdict(result, table)
+    return f'<p class="verdict">{escape(found.summary)}</p>{bullets(found.columns)}'
+
+
 def _results(result: StudyResult, table: Table) -> str:
     if not table.columns:
         return "<p>Nothing has been evaluated.</p>"
     notes = list(dict.fromkeys(cell.note for cell in table.cells.values() if cell.value is None and cell.note))
-    rows = "".join(_result_row(result, table, name, notes) for name in table.arms)
-    levels = [table.chance.get(column) for column in table.columns]
-    chance = "".join(f"<td>{'' if level is None else f'{100 * level:.1f}'}</td>" for level in levels)
-    body = f'<tbody>{rows}<tr class="quiet"><th scope="row">chance</th>{chance}</tr></tbody>'
+    seeds = ", averaged over seeds and required under every seed" if len(result.plan.seeds) > 1 else ""
     legend = (
-        "Per cent; 95 % bootstrap intervals over test items below. "
-        "&#9733; best method; &asymp; not separable from the best (paired bootstrap over the same test items)"
-        + (", averaged over seeds and required under every seed." if len(result.plan.seeds) > 1 else ".")
+        "Per cent, with 95 % bootstrap intervals over the test items. &#9733; best method; &asymp; not separable from "
+        f"the best at 95 % (paired bootstrap over the same test items{seeds}). References and the untrained encoder do "
+        "not compete."
     )
-    head = _head(table)
-    shown = wide(f"<table><caption>{legend}</caption>{head}{body}</table>", "Results")
-    missing = "".join(f"<li><sup>{i}</sup> {escape(note)}</li>" for i, note in enumerate(notes, start=1))
+    missing = "".join(f"<li>{escape(note)}</li>" for note in notes)
     remarks = sorted({cell.note for cell in table.cells.values() if cell.value is not None and cell.note})
-    return shown + (f'<ul class="small muted">{missing}</ul>' if notes else "") + _remarks(remarks)
+    whole = "".join(_task_table(result, table, task, table.columns, notes) for task in _tasks(table))
+    return (
+        f"<p>{legend}</p>"
+        + "".join(_task_table(result, table, task, table.main, notes) for task in _tasks(table))
+        + (f'<ol class="notes">{missing}</ol>' if notes else "")
+        + _remarks(remarks)
+        + f"<details><summary>All metrics</summary>{whole}</details>"
+    )
+
+
+def _tasks(table: Table) -> list[str]:
+    return list(dict.fromkeys(column.task for column in table.columns))
+
+
+def _task_table(result: StudyResult, table: Table, task: str, columns: Sequence[Column], notes: Sequence[str]) -> str:
+    mine = [column for column in columns if column.task == task]
+    rows = "".join(_result_row(result, table, name, mine, notes) for name in table.arms)
+    for label, levels in (("chance", table.chance), ("commonest class", table.commonest)):
+        cells = "".join(f"<td>{f'{100 * levels[c]:.1f}' if c in levels else ''}</td>" for c in mine)
+        rows += f'<tr class="quiet"><th scope="row">{label}</th>{cells}</tr>'
+    counts = [max(table.cells[name, c].n for name in table.arms) for c in mine]
+    items = "".join(f"<td>{n:,}</td>" for n in counts)
+    rows += f'<tr class="quiet"><th scope="row">test items</th>{items}</tr>'
+    shown = wide(f"<table>{_head(mine)}<tbody>{rows}</tbody></table>", f"Results on {task}")
+    return f"<h3>{escape(task)}</h3>{shown}"
 
 
 def _remarks(remarks: Sequence[str]) -> str:
     return f"<details><summary>Remarks on single numbers</summary>{bullets(remarks)}</details>" if remarks else ""
 
 
-def _head(table: Table) -> str:
-    tasks = [(task, len(list(group))) for task, group in groupby(table.columns, key=lambda c: c.task)]
-    groups = "".join(f'<th scope="colgroup" class="group" colspan="{n}">{escape(task)}</th>' for task, n in tasks)
+def _head(columns: Sequence[Column]) -> str:
     names = "".join(
         f'<th scope="col">{evaluator(c.evaluator)}<br><span class="muted">{metric(c.metric)}</span></th>'
-        for c in table.columns
+        for c in columns
     )
-    corner = '<th scope="col" class="corner">arm</th>'
-    return f'<thead><tr><td class="corner"></td>{groups}</tr><tr>{corner}{names}</tr></thead>'
+    return f'<thead><tr><th scope="col" class="corner">arm</th>{names}</tr></thead>'
 
 
-def _result_row(result: StudyResult, table: Table, name: str, notes: Sequence[str]) -> str:
+def _result_row(result: StudyResult, table: Table, name: str, columns: Sequence[Column], notes: Sequence[str]) -> str:
     kind = result.kind(name)
     label = escape(name) + ("" if kind != "reference" else ' <span class="muted small">reference</span>')
-    cells = "".join(_result_cell(table.cells[name, column], notes) for column in table.columns)
+    cells = "".join(_result_cell(table.cells[name, column], notes) for column in columns)
     return f'<tr{"" if kind == "method" else " class=quiet"}><th scope="row">{label}</th>{cells}</tr>'
 
 
@@ -124,13 +147,15 @@ def _result_cell(cell: Cell, notes: Sequence[str]) -> str:
 
 def _curves(result: StudyResult, logs: Sequence[Log]) -> str:
     probe = probe_figure(result, logs)
-    missing = "<p>No online probe: the first task has no labels to probe with.</p>"
-    shown = plot(probe, "figure-probe") if probe else missing
+    if probe is None:
+        shown = "<p>No online probe: the first task has no labels to probe with.</p>"
+    else:
+        shown = f"<p>{escape(probe.words)}</p>{plot(probe, 'figure-probe')}"
     panels = "".join(
-        f"<div><h3>{escape(figure.title)}</h3>{plot(figure, f'figure-loss-{i}')}</div>"
+        f"<div><h4>{escape(figure.title)}</h4>{plot(figure, f'figure-loss-{i}')}</div>"
         for i, figure in enumerate(loss_figures(result, logs))
     )
-    words = "<p>Losses of different methods measure different things; compare their course, not their height.</p>"
+    words = "<p>Losses of different methods measure different things: compare their course, not their height.</p>"
     return (
         f"{axis_choice()}<h3>Online probe</h3>{shown}<h3>Training losses</h3>{words}"
         f'<div class="panels">{panels}</div><noscript><p>The curves need JavaScript.</p></noscript>'
@@ -157,16 +182,28 @@ def _certificate(result: StudyResult) -> str:
     )
 
 
-def _meters(table: Table) -> str:
+def _meters(result: StudyResult) -> str:
+    table = tabulate(result, meters=True)
     if not table.columns:
         return "<p>No collapse meters were taken.</p>"
+    tables = "".join(_meter_table(table, task) for task in _tasks(table))
+    warnings = [f"{name}: {table.cells[name, c].note}." for c in table.columns for name in table.arms]
+    return f"<p>{METER_WORDS}</p>{bullets([w for w in dict.fromkeys(warnings) if ': collapsed' in w])}{tables}"
+
+
+def _meter_table(table: Table, task: str) -> str:
+    mine = [column for column in table.columns if column.task == task]
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(f"<td>{_number(table.cells[name, column])}</td>" for column in table.columns)
+        + "".join(f"<td>{_number(table.cells[name, column])}</td>" for column in mine)
         + "</tr>"
         for name in table.arms
     )
-    return f"<p>{METER_WORDS}</p>" + wide(f"<table>{_head(table)}<tbody>{rows}</tbody></table>", "Collapse meters")
+    names = "".join(f'<th scope="col">{escape(metric(c.metric))}</th>' for c in mine)
+    head = f'<thead><tr><th scope="col" class="corner">arm</th>{names}</tr></thead>'
+    return f"<h3>{escape(task)}</h3>" + wide(
+        f"<table>{head}<tbody>{rows}</tbody></table>", f"Collapse meters on {task}"
+    )
 
 
 def _number(cell: Cell) -> str:

@@ -19,6 +19,13 @@ Kind = Literal["method", "reference", "untrained"]
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What `results.json` holds."""
+
+    results: tuple[Result, ...]
+
+
+@dataclass(frozen=True)
 class Arm:
     """One encoder of the study: a method under one seed, a reference, or the untrained encoder."""
 

@@ -7,6 +7,7 @@ plan again goes on with the rest.
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import shlex
 import sys
@@ -32,7 +33,7 @@ from altsight.nn.encoder import Encoder
 from altsight.study.budget import resolve
 from altsight.study.plan import Plan, TaskConfig, locate
 from altsight.study.report import write_report
-from altsight.study.result import UNTRAINED, Arm, Kind, StudyResult, save_study
+from altsight.study.result import UNTRAINED, Arm, Evaluation, Kind, StudyResult, save_study
 from altsight.study.table import print_table
 from altsight.train.log import console, progress_bar
 from altsight.train.loop import Probe, pretrain
@@ -204,7 +205,14 @@ def _untrained(plan: Plan, seed: int, tasks: Sequence[Task], directory: Path) ->
         preprocess = Preprocess(plan.encoder.img_size, plan.encoder.normalization)
         return View(UNTRAINED, encoder.to(pick_device(plan.train.device)), preprocess)
 
-    return dataclasses.replace(arm, results=_evaluated(view, tasks, directory / arm.folder))
+    folder = directory / arm.folder
+    if not (folder / "log.jsonl").exists():
+        line = {"samples": 0, "flops": 0.0, **_probe(view(), tasks[0])}
+        if dist.world().is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "log.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+        dist.barrier()
+    return dataclasses.replace(arm, results=_evaluated(view, tasks, folder))
 
 
 def _trained(result: StudyResult, name: str, seed: int, prepared: Prepared, tasks: Sequence[Task]) -> Arm:
@@ -225,20 +233,19 @@ def _trained(result: StudyResult, name: str, seed: int, prepared: Prepared, task
 
 def online_probe(name: str, task: Task) -> Probe:
     """Return the probe taken while an arm trains: k-NN on the validation split of `task`."""
-    held_out = dataclasses.replace(task, test=task.val)
+    return lambda method: _probe(view_of(method, name), task)
 
-    def probe(method: Method) -> dict[str, float]:
-        results = evaluate(view_of(method, name), [held_out], ["knn"])
-        return {f"probe/{r.task}/{r.metric}": r.value for r in results if r.value is not None}
 
-    return probe
+def _probe(view: View, task: Task) -> dict[str, float]:
+    results = evaluate(view, [dataclasses.replace(task, test=task.val)], ["knn"])
+    return {f"probe/{r.task}/{r.metric}": r.value for r in results if r.value is not None}
 
 
 def _evaluated(view: Callable[[], View], tasks: Sequence[Task], folder: Path) -> tuple[Result, ...]:
     """Return the results of `view` on all tasks, from `folder/results.json` where they are there already."""
     path = folder / "results.json"
     if path.exists():
-        return from_dict(read_json(path), tuple[Result, ...], str(path))
+        return from_dict(read_json(path), Evaluation, str(path)).results
     with progress_bar() as bar:
         task = bar.add_task("evaluation", total=len(tasks) * len(EVALUATORS), note="")
         steps = count()
@@ -247,6 +254,6 @@ def _evaluated(view: Callable[[], View], tasks: Sequence[Task], folder: Path) ->
         bar.update(task, completed=len(tasks) * len(EVALUATORS), note="")
     if dist.world().is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, to_dict(results))
+        write_json(path, to_dict(Evaluation(tuple(results))))
     dist.barrier()
     return tuple(results)

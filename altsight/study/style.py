@@ -31,27 +31,25 @@ nav.toc a:hover, nav.toc a:focus { color: var(--accent); }
 h1 { font-size: 1.9rem; line-height: 1.2; font-weight: 650; letter-spacing: -.015em; margin: 0 0 .3rem; }
 h2 { font-size: 1.25rem; font-weight: 650; letter-spacing: -.005em; margin: 3.25rem 0 .75rem; }
 h3 { font-size: 1rem; font-weight: 650; margin: 2rem 0 .5rem; }
+h4 { font-size: .875rem; font-weight: 650; margin: .5rem 0 0; }
 p, .sheet li { max-width: 46rem; }
 p { margin: .5rem 0 .9rem; }
 section > ul { padding-left: 1.2rem; }
 section { scroll-margin-top: 1rem; }
 section li { margin: .3rem 0; }
-.muted, .sub, figcaption, caption { color: var(--muted); }
+.muted, .sub { color: var(--muted); }
 .sub { margin: 0; }
 .verdict { font-size: 1.1rem; line-height: 1.6; }
 small, .small { font-size: .8125rem; }
 .wide { overflow-x: auto; margin: 1rem 0; -webkit-overflow-scrolling: touch; }
 .wide:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; line-height: 1.4; }
-caption { text-align: left; padding-bottom: .5rem; }
 th, td {
   padding: .45rem .8rem; text-align: right; white-space: nowrap; vertical-align: top;
   border-bottom: 1px solid var(--rule);
 }
 th { font-weight: 600; }
-thead th { vertical-align: bottom; }
-thead tr:last-child th { border-bottom: 1.5px solid var(--ink); }
-thead th.group { text-align: left; border-bottom: 1px solid var(--rule); }
+thead th { vertical-align: bottom; border-bottom: 1.5px solid var(--ink); }
 th[scope=row], th.corner {
   text-align: left; position: sticky; left: 0; background: var(--paper); padding-left: 0; z-index: 1;
 }
@@ -63,7 +61,6 @@ td.best small { color: inherit; font-weight: 400; }
 td.unequal { background: var(--warn); color: var(--warn-ink); }
 .mark { font-size: .75em; margin-right: .3em; }
 abbr { text-decoration: none; border-bottom: 1px dotted var(--muted); cursor: help; }
-code { font: .85em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 pre {
   background: var(--raised); padding: .9rem 1rem; overflow-x: auto;
   font: .8125rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
@@ -75,18 +72,15 @@ fieldset.axis {
 fieldset.axis legend { float: left; margin-right: 1rem; color: var(--muted); }
 fieldset.axis label { cursor: pointer; }
 fieldset.axis input { accent-color: var(--accent); }
-figure { margin: 0; }
-figcaption { font-size: .8125rem; }
 .plot { height: 22rem; width: 100%; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1.5rem; }
 .panels .plot { height: 15rem; }
-.panels h3 { margin: .5rem 0 0; }
 .pictures img, .found img {
   width: 6.5rem; height: 6.5rem; object-fit: contain; display: block; background: #fff; border-radius: 3px;
 }
 .pictures td, .pictures th { border: 0; padding: .25rem .5rem .25rem 0; text-align: left; }
 .pictures td {
-  white-space: normal; font-size: .8125rem; line-height: 1.35; max-width: 6.5rem; overflow-wrap: break-word;
+  white-space: normal; font-size: .8125rem; line-height: 1.35; max-width: 7rem; overflow-wrap: break-word;
 }
 .pictures th[scope=row] { padding-right: 1rem; white-space: normal; width: 7rem; font-size: .8125rem; }
 .query { margin: 1.4rem 0; }
@@ -102,6 +96,8 @@ figcaption { font-size: .8125rem; }
 .pair ol { margin: 0; padding-left: 1.3rem; font-size: .875rem; }
 .pair img { width: 6.5rem; height: 6.5rem; object-fit: contain; background: #fff; border-radius: 3px; flex: none; }
 li.right b { color: var(--best-ink); }
+ol.notes { font-size: .8125rem; color: var(--muted); padding-left: 1.2rem; }
+.pair p { margin: 0 0 .3rem; }
 details summary { cursor: pointer; color: var(--muted); font-size: .875rem; margin: .75rem 0; }
 footer {
   margin-top: 4rem; border-top: 1px solid var(--rule); padding-top: 1rem; font-size: .8125rem; color: var(--muted);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -17,33 +18,38 @@ def print_table(result: StudyResult, console: Console) -> None:
     for task in dict.fromkeys(column.task for column in table.main):
         console.print(_rich(result, table, task, [column for column in table.main if column.task == task]))
     console.print(
-        "[bold]bold *[/]: best method;  =: not separable from the best at 95 %;  intervals over test items"
-        + (", means over seeds." if len(result.plan.seeds) > 1 else "."),
+        "[bold]*[/] best method   = not separable from the best at 95 %   (95 % intervals over test items"
+        + (", means over seeds)" if len(result.plan.seeds) > 1 else ")"),
         style="dim",
     )
 
 
 def _rich(result: StudyResult, table: Table, task: str, columns: list[Column]) -> RichTable:
-    shown = RichTable(title=f"{task} (per cent)", title_justify="left", title_style="bold", pad_edge=False)
-    shown.add_column("arm")
+    shown = RichTable(
+        title=f"{task} (per cent)", title_justify="left", title_style="bold", box=box.SIMPLE, padding=0, show_edge=False
+    )
+    shown.add_column("arm", no_wrap=True)
     for column in columns:
-        shown.add_column(f"{evaluator(column.evaluator)}\n{metric(column.metric)}", justify="right")
+        shown.add_column(
+            f"{evaluator(column.evaluator)}\n{metric(column.metric).replace(' to ', '→')}",
+            justify="right",
+            no_wrap=True,
+        )
     for name in table.arms:
         kind = result.kind(name)
-        label = f"{name} (reference)" if kind == "reference" else name
+        label = f"{name}, ref." if kind == "reference" else name
         cells = [_cell(table.cells[name, column]) for column in columns]
         shown.add_row(Text(label, style="" if kind == "method" else "dim"), *cells)
     shown.add_section()
-    levels = [table.chance.get(column) for column in columns]
-    shown.add_row("chance", *("" if level is None else f"{100 * level:.1f}" for level in levels), style="dim")
+    for label, levels in (("chance", table.chance), ("commonest class", table.commonest)):
+        shown.add_row(label, *(f"{100 * levels[c]:.1f}" if c in levels else "" for c in columns), style="dim")
     return shown
 
 
 def _cell(cell: Cell) -> Text:
     if cell.value is None:
         return Text("n/a", style="dim")
-    text = f"{100 * cell.value:.1f}"
+    text = {"best": "*", "tied": "=", "": ""}[cell.mark] + f"{100 * cell.value:.1f}"
     if cell.low is not None and cell.high is not None:
         text += f" ({100 * cell.low:.1f}-{100 * cell.high:.1f})"
-    sign = {"best": " *", "tied": " =", "": "  "}[cell.mark]
-    return Text(text + sign, style="bold" if cell.mark == "best" else "")
+    return Text(text, style="bold" if cell.mark == "best" else "")

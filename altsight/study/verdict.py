@@ -1,20 +1,33 @@
-"""The study's answer in one paragraph of plain words."""
+"""The study's answer in plain words."""
 
 from __future__ import annotations
 
-from altsight.study.compare import Cell, Column, Table
+from dataclasses import dataclass
+
+from altsight.study.compare import Cell, Column, Table, clearly_better
 from altsight.study.result import UNTRAINED, StudyResult
 from altsight.study.wording import amount, flops, listed
 
 
-def verdict(result: StudyResult, table: Table) -> list[str]:
-    """Return the sentences: who wins which column, by how much, and what that is worth."""
-    columns = table.main
-    contested = [c for c in columns if table.best(c)]
-    sentences = [_opening(result, table, contested), *(_winner(table, c) for c in contested)]
-    sentences += _alone(result, table, columns)
-    sentences += _against(result, table, columns)
-    return [sentence for sentence in sentences if sentence]
+@dataclass(frozen=True)
+class Verdict:
+    """summary: one paragraph. columns: the winner of each comparison, a sentence each."""
+
+    summary: str
+    columns: tuple[str, ...]
+
+
+def verdict(result: StudyResult, table: Table) -> Verdict:
+    """Return who is best, in which comparison, and what that is worth."""
+    contested = [column for column in table.main if table.best(column)]
+    sentences = [
+        _trained(result),
+        _winners(table, contested),
+        *_alone(result, table),
+        _against_untrained(result, table),
+        _against_commonest(result, table),
+    ]
+    return Verdict(" ".join(s for s in sentences if s), tuple(_winner(table, column) for column in contested))
 
 
 def budget_words(result: StudyResult) -> str:
@@ -25,78 +38,85 @@ def budget_words(result: StudyResult) -> str:
     return flops(budget.flops) if budget.kind == "flops" else f"{budget.minutes:g} minutes"
 
 
-def _opening(result: StudyResult, table: Table, contested: list[Column]) -> str:
-    methods = [name for name in table.arms if result.kind(name) == "method"]
+def _trained(result: StudyResult) -> str:
     encoder = next((arm.summary.parameters["encoder"] for arm in result.arms if arm.summary), 0)
-    trained = (
-        f"{listed(methods)} trained the same encoder ({amount(encoder)} parameters) for {budget_words(result)} each"
-    )
+    names = listed(result.plan.methods)
+    return f"{names} trained the same encoder ({amount(encoder)} parameters) for {budget_words(result)} each."
+
+
+def _winners(table: Table, contested: list[Column]) -> str:
     if not contested:
-        return f"{trained}; no measure compares two of them."
-    wins = {name: [c for c in contested if table.best(c) == name] for name in methods}
-    clear = {name: sum(not table.tied(c) for c in columns) for name, columns in wins.items()}
-    ranked = sorted((name for name in methods if wins[name]), key=lambda name: -len(wins[name]))
-    parts = [
-        f"{name} is best in {len(wins[name])} of {len(contested)} comparisons, {_share(clear[name], len(wins[name]))}"
-        for name in ranked
-    ]
-    return f"{trained}: {listed(parts)}."
-
-
-def _share(clear: int, wins: int) -> str:
-    if not clear:
-        return "never beyond doubt"
-    return "beyond doubt at 95 %" if clear == wins else f"{clear} of them beyond doubt at 95 %"
+        return "No measure compares two methods."
+    clear = {name: 0 for name in table.arms}
+    for column in contested:
+        if not table.tied(column):
+            clear[table.best(column)] += 1
+    total, decided = len(contested), sum(clear.values())
+    if not decided:
+        return (
+            f"No method is clearly the best: in none of the {total} comparisons can the leader be separated from all "
+            "others at 95 %."
+        )
+    ranked = sorted((name for name in clear if clear[name]), key=lambda name: -clear[name])
+    parts = [f"{name} in {clear[name]}" for name in ranked]
+    text = f"Of {total} comparisons, the clearly best method is {listed(parts)}"
+    return f"{text}; in {total - decided} the leader cannot be separated at 95 %." if decided < total else f"{text}."
 
 
 def _winner(table: Table, column: Column) -> str:
     best = table.best(column)
     text = f"{column}: {best} {_value(table.cells[best, column])}"
-    tied = table.tied(column)
-    if tied:
-        others = listed([f"{name} {_value(table.cells[name, column])}" for name in tied])
-        return f"{text}, not separable at 95 % from {others}."
-    return f"{text}."
+    tied = [f"{name} {_value(table.cells[name, column])}" for name in table.tied(column)]
+    return f"{text}, not separable at 95 % from {listed(tied)}." if tied else f"{text}."
 
 
-def _alone(result: StudyResult, table: Table, columns: list[Column]) -> list[str]:
-    """Say which columns only one method can enter, and which none."""
-    by_able: dict[tuple[str, ...], list[str]] = {}
-    for column in columns:
-        able = tuple(
-            name for name in table.arms if result.kind(name) == "method" and table.cells[name, column].value is not None
-        )
+def _alone(result: StudyResult, table: Table) -> list[str]:
+    """Say which comparisons only one method can enter, and which none."""
+    by_able: dict[tuple[str, ...], list[Column]] = {}
+    for column in table.main:
+        able = tuple(name for name in result.plan.methods if table.cells[name, column].value is not None)
         if len(able) < 2:
-            by_able.setdefault(able, []).append(str(column))
+            by_able.setdefault(able, []).append(column)
     return [
-        f"Only {able[0]} can be measured by {listed(names)}."
+        f"Only {able[0]} can be measured by {_measures(columns)}."
         if able
-        else f"No method can be measured by {listed(names)}."
-        for able, names in by_able.items()
+        else f"No method can be measured by {_measures(columns)}."
+        for able, columns in by_able.items()
     ]
 
 
-def _against(result: StudyResult, table: Table, columns: list[Column]) -> list[str]:
-    """Compare the methods with the untrained encoder and with the references."""
-    sentences = []
-    if UNTRAINED in table.arms:
-        methods = [name for name in table.arms if result.kind(name) == "method"]
-        below = {name: [str(c) for c in columns if _beats(table, UNTRAINED, name, c)] for name in methods}
-        failed = [f"{name} in {listed(names)}" for name, names in below.items() if names]
-        if failed:
-            sentences.append(f"The untrained encoder is at least as good as {'; as '.join(failed)}.")
-        else:
-            sentences.append("Every method is better than the untrained encoder in every comparison.")
-    for name in (n for n in table.arms if result.kind(n) == "reference"):
-        reached = [f"{_value(table.cells[name, c])} in {c}" for c in columns if table.cells[name, c].value is not None]
-        if reached:
-            sentences.append(f"For reference, {name} reaches {listed(reached)}.")
-    return sentences
+def _against_untrained(result: StudyResult, table: Table) -> str:
+    if UNTRAINED not in table.arms:
+        return ""
+    columns = [column for column in table.main if table.cells[UNTRAINED, column].value is not None]
+    failed = {
+        name: [column for column in columns if not clearly_better(result, name, UNTRAINED, column)]
+        for name in result.plan.methods
+    }
+    if not any(failed.values()):
+        return "Every method is clearly better than the untrained encoder."
+    if all(len(missed) == len(columns) for missed in failed.values()):
+        return (
+            "No method is clearly better than the untrained encoder in any comparison: with this budget they have not "
+            "learnt enough to be told apart."
+        )
+    parts = [f"{name} ({listed([str(c) for c in missed])})" for name, missed in failed.items() if missed]
+    return f"Not clearly better than the untrained encoder: {listed(parts)}."
 
 
-def _beats(table: Table, a: str, b: str, column: Column) -> bool:
-    x, y = table.cells[a, column].value, table.cells[b, column].value
-    return x is not None and y is not None and x >= y
+def _against_commonest(result: StudyResult, table: Table) -> str:
+    """Name the comparisons in which no method is above always answering the commonest class."""
+    below = []
+    for column in (column for column in table.main if column in table.commonest):
+        cells = [table.cells[name, column] for name in result.plan.methods]
+        reached = [cell.value if cell.low is None else cell.low for cell in cells if cell.value is not None]
+        if all(low <= table.commonest[column] for low in reached):
+            below.append(f"{column} ({100 * table.commonest[column]:.1f} %)")
+    return f"No method is clearly above always answering the commonest class in {listed(below)}." if below else ""
+
+
+def _measures(columns: list[Column]) -> str:
+    return listed(list(dict.fromkeys(column.measure for column in columns)))
 
 
 def _value(cell: Cell) -> str:

@@ -16,7 +16,7 @@ from altsight.core import dist
 from altsight.core.config import read_json, to_dict, write_json
 from altsight.core.errors import UserError
 from altsight.core.types import Batch
-from altsight.data.loader import Loader
+from altsight.data.loader import Loader, check_batch
 from altsight.data.order import Order
 from altsight.data.prepare import Prepared
 from altsight.methods.base import Corpus, Method, summary
@@ -101,11 +101,7 @@ def pretrain(run: Run[Any], prepared: Prepared, directory: Path, probe: Probe | 
     _claim(directory, run)
     if (directory / "summary.json").exists():
         return Summary(**read_json(directory / "summary.json"))
-    if run.train.batch > len(prepared.source):
-        raise UserError(
-            f"the batch of {run.train.batch} is larger than the data set of {len(prepared.source)} samples in "
-            f"'{prepared.directory}': lower --train.batch."
-        )
+    check_batch(run.train.batch, len(prepared.source), str(prepared.directory))
     dtype = pick_precision(run.train.precision, device)
     method = build(run, Corpus(prepared.tokenizer, prepared.classes))
     if place.is_main:
@@ -167,9 +163,7 @@ def _describe(run: Run[Any], prepared: Prepared, directory: Path) -> None:
     save_run(run, directory / "run.json")
 
 
-def _assemble(
-    run: Run[Any], method: Method, device: torch.device, dtype: torch.dtype, directory: Path
-) -> _Training:
+def _assemble(run: Run[Any], method: Method, device: torch.device, dtype: torch.dtype, directory: Path) -> _Training:
     ema = ModelEmaV3(method, decay=run.optim.ema) if run.optim.ema else None
     optimizer = make_optimizer(method, run.optim, run.train.batch)
     model = parallelize(method, run.train.compile)

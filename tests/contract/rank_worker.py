@@ -36,7 +36,8 @@ def main(data: Path, out: Path) -> None:
             method = build(run, Corpus(prepared.tokenizer, prepared.classes))
             if method.batch_statistics and micro:
                 continue
-            loader = Loader(prepared.source, Order(len(prepared.source), 0), method.prepare(run.data.crop), GLOBAL_BATCH)
+            order = Order(len(prepared.source), 0)
+            loader = Loader(prepared.source, order, method.prepare(run.data.crop), GLOBAL_BATCH)
             batch, _ = next(iter(loader.batches(place, GLOBAL_BATCH, 2 * GLOBAL_BATCH)))
             accumulator = Accumulator(method, parallelize(method, False), 0, micro)
             losses, _ = accumulator(batch)

@@ -101,8 +101,9 @@ def test_the_report_is_json_and_text(report: Report) -> None:
     console = Console(file=io.StringIO(), width=100)
     show(report, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for words in ("20 samples in 2 shards", "a.tar", "the same old words", "2 classes", "shorter side", "63.2%", "broken"):
+    for words in ("20 samples in 2 shards", "a.tar", "the same old words", "2 classes", "shorter side", "63.2%"):
         assert words in text
+    assert "broken image" in text
     assert text.strip().endswith("96 samples seen = 16 steps of batch 6 = 4.80 passes over the data")
 
 
@@ -111,7 +112,7 @@ def test_many_shards_and_classes_are_summed_up(report: Report) -> None:
     console = Console(file=io.StringIO(), width=100)
     show(replace(report, shards=many, classes={f"class [{i}]": i for i in range(30)}), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert [line.split() for line in text.splitlines() if "more" in line and "class" not in line][0] == ["25", "more", "250"]
+    assert ["25", "more", "250"] in [line.split() for line in text.splitlines()]
     assert "class [29]" in text
     assert "class [3]" not in text
 

@@ -40,7 +40,9 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().mean())
 
 
-@pytest.mark.parametrize(("file_format", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("GIF", {})])
+@pytest.mark.parametrize(
+    ("file_format", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("GIF", {})]
+)
 def test_lossless_formats_are_exact(picture: Picture, file_format: str, options: dict[str, Any]) -> None:
     data = picture(1, (21, 13), file_format, **options)
     image = decode(data)
@@ -100,7 +102,9 @@ def test_a_rotated_jpeg_is_still_decoded_at_a_smaller_scale(picture: Picture) ->
 
 
 def test_damaged_exif_does_not_lose_the_picture(picture: Picture) -> None:
-    plain, with_exif = (picture(6, (32, 32), "JPEG", exif=exif) for exif in (b"", b"Exif\0\0II*\0\xff\xff\xff\xff\1\2\3"))
+    plain, with_exif = (
+        picture(6, (32, 32), "JPEG", exif=exif) for exif in (b"", b"Exif\0\0II*\0\xff\xff\xff\xff\1\2\3")
+    )
     assert torch.equal(decode(with_exif), decode(plain))
 
 
@@ -160,7 +164,9 @@ def test_a_jpeg_with_harmless_damage_is_kept(picture: Picture) -> None:
     assert difference(decode(data[:-2] + b"\0\0\0" + data[-2:]), decode(data)) < 1
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"<!DOCTYPE html><html><body>404</body></html>", b"GIF89a", b"\0" * 99])
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\xd8\xff", b"<!DOCTYPE html><html><body>404</body></html>", b"GIF89a", b"\0" * 99]
+)
 def test_what_is_no_image_is_broken(data: bytes) -> None:
     with pytest.raises(BrokenImage) as caught:
         decode(data)

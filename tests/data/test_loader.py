@@ -103,6 +103,7 @@ def test_world_size_changes_nothing(source: Pairs, reference: list[Batch], world
     assert_same(run(source, world), reference)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(source: Pairs, reference: list[Batch], workers: int) -> None:
     assert_same(run(source, workers=workers), reference)
@@ -187,9 +188,7 @@ def test_samples_that_the_method_cannot_use_are_replaced(source: Pairs) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_without_a_usable_image_end_the_run(
-    tmp_path: Path, write_shards: WriteShards, workers: int
-) -> None:
+def test_data_without_a_usable_image_end_the_run(tmp_path: Path, write_shards: WriteShards, workers: int) -> None:
     broken = pairs(write_shards(tmp_path / "broken", 4, 4, {i: b"no image" for i in range(4)}))
     with pytest.raises(UserError, match=r"100 samples in a row are unusable, .*00000\.tar#.*altsight check") as caught:
         list(loader(broken, workers, batch=4).batches(World(), 0, 8))
@@ -210,7 +209,9 @@ def test_a_batch_that_the_ranks_cannot_share(source: Pairs) -> None:
         next(iter(loader(source).batches(World(0, 3), 0, 8)))
 
 
-@pytest.mark.parametrize(("batch", "size", "words"), [(11, 10, "at most 10"), (0, 10, "1 or more"), (1, 0, "prepare more")])
+@pytest.mark.parametrize(
+    ("batch", "size", "words"), [(11, 10, "at most 10"), (0, 10, "1 or more"), (1, 0, "prepare more")]
+)
 def test_check_batch_refuses(batch: int, size: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
         check_batch(batch, size, "data")
@@ -218,5 +219,3 @@ def test_check_batch_refuses(batch: int, size: int, words: str) -> None:
 
 def test_check_batch_accepts() -> None:
     check_batch(10, 10, "data")
-
-

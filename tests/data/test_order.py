@@ -60,10 +60,29 @@ def test_every_sample_is_equally_likely_at_every_place() -> None:
     # A ragged tail (40 = 5 blocks of 7 and 5 left over) must not favour anything.
     size, runs = 40, 1200
     order = Order(size, 3, block=7, window=14)
-    for place in (0, 13, 14, 39):
-        samples = order.samples(place + size * np.arange(runs))
+    at = {place: order.samples(place + size * np.arange(runs)) for place in (0, 13, 14, 39)}
+    for samples in at.values():
         counts = np.bincount(samples, minlength=size)
         assert ((counts - runs / size) ** 2 / (runs / size)).sum() < 86  # chi-square, 39 degrees of freedom, p = 2e-5
+
+
+@pytest.mark.parametrize("size", [16, 40])
+def test_two_places_know_nothing_of_each_other(size: int) -> None:
+    runs = 600
+    order = Order(size, 1)
+    first = order.samples(size * np.arange(runs))
+    for place in (1, 5, size - 1):
+        steps = (order.samples(place + size * np.arange(runs)) - first) % size
+        counts = np.bincount(steps, minlength=size)[1:]
+        expected = runs / (size - 1)
+        degrees = size - 2
+        # The normal approximation of chi-square, five standard deviations.
+        assert ((counts - expected) ** 2 / expected).sum() < degrees + 5 * np.sqrt(2 * degrees)
+
+
+def test_every_window_is_mixed_in_its_own_way() -> None:
+    windows = np.array(one_pass(Order(1000, 0, block=50, window=50))).reshape(20, 50)
+    assert len({tuple(np.argsort(window).tolist()) for window in windows}) == 20
 
 
 def test_a_data_set_within_one_window_is_shuffled_without_trace_of_its_blocks() -> None:

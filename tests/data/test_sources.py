@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,7 +45,7 @@ def test_templates(templates: tuple[str, ...], values: dict[str, Any], captions:
 
 @pytest.mark.parametrize("template", ["{title", "title}", "{}", "a photo", "", "{title!r}", "{title:>9}", "{title} {}"])
 def test_malformed_templates_are_refused(template: str) -> None:
-    with pytest.raises(UserError, match="caption template .* is malformed"):
+    with pytest.raises(UserError, match=r"caption template .* is malformed"):
         Captions(("{txt}", template))
 
 

@@ -24,6 +24,7 @@ from tests.data.conftest import Picture
         ((96, 128), Crop()),
         ((300, 40), Crop((0.08, 1.0))),  # hardly any box fits: the fallback to the centre
         ((40, 300), Crop((0.5, 1.0), (0.5, 2.0))),
+        ((200, 200), Crop((0.05, 0.15), (0.4, 4.0))),
     ],
 )
 def test_boxes_are_distributed_as_torchvisions(size: tuple[int, int], crop: Crop) -> None:

@@ -122,23 +122,14 @@ def test_ranks_share_the_work_and_agree_to_the_last_bit(
     samples[4] = Sample(None, "red")
     encoder = small_vit()
 
+    source = make_split("test", samples).source
+
     def work() -> tuple[Tensor, tuple[int, ...], str, list[list[str]]]:
-        split = splits[threading.get_ident() if size > 1 and patched else 0]
-        view = View("vit", encoder, Preprocess(8), batch_size=4)
-        task = Task("t", split, split, split, label="kind")
-        found = labelled(view, task, split)
+        view, split = View("vit", encoder, Preprocess(8), batch_size=4), Split("test", source)
+        found = labelled(view, Task("t", split, split, split, label="kind"), split)
         return found.vectors, extract(view, split).kept, found.data, captions_of(split)
 
-    source, patched = make_split("test", samples).source, False
-
-    class Splits(dict[int, Split]):
-        def __missing__(self, thread: int) -> Split:
-            self[thread] = Split("test", source)
-            return self[thread]
-
-    splits = Splits()
     alone = work()
-    patched = True
     for vectors, kept, data, captions in on_ranks(size, monkeypatch, work):
         assert torch.equal(vectors, alone[0])
         assert (kept, data, captions) == alone[1:]

@@ -28,9 +28,7 @@ def corpus() -> Corpus:
 @pytest.fixture
 def encoder() -> Encoder:
     """4 x 4 patches of 8 pixels, a CLS token and two registers."""
-    config = EncoderConfig(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, width=32, depth=2, heads=2, registers=2
-    )
+    config = EncoderConfig("vit_tiny_patch16_224", img_size=32, patch_size=8, width=32, depth=2, heads=2, registers=2)
     return Encoder(config)
 
 

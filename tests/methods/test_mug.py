@@ -91,9 +91,7 @@ def test_losses_equal_reference(method: MUG, corpus: Corpus, batch: Batch) -> No
 def test_pixel_branch_is_maes(method: MUG, corpus: Corpus, batch: Batch) -> None:
     mae = MAE(MAE.Config(decoder=CONFIG.decoder), method.encoder, corpus)
     mae.init_weights(key(0, 0, "init"))
-    assert torch.equal(
-        mae.embed(batch, key(0, 0)).local["pixels"], method.embed(batch, key(0, 0)).local["pixels"]
-    )
+    assert torch.equal(mae.embed(batch, key(0, 0)).local["pixels"], method.embed(batch, key(0, 0)).local["pixels"])
     assert torch.equal(mae.reconstruct(batch), method.reconstruct(batch))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,4 +52,4 @@ def test_schedule_is_linear_then_cosine() -> None:
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates[:10] == pytest.approx([n / 10 for n in range(10)])
     assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 55 / 100)), abs=0.05)
-    assert rates[-1] < 0.01 and all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[-1] < 0.01 and all(a >= b for a, b in pairwise(rates[10:]))
