@@ -47,7 +47,7 @@ def linear(view: View, task: Task) -> Iterator[Result]:
     fit = Probe(vectors, labels, view.device).fit(10**exponent)
     classes = len(classes_of(task))
     edge = "the best L2 strength lies at the end of the range" if abs(exponent) == max(COARSE) else ""
-    capped = "" if fit.converged else f"the last fit stopped at the cap of {MAX_ITERATIONS} iterations"
+    short = "" if fit.converged else f"the last fit stopped after {fit.iterations} iterations, short of its tolerance"
     yield scored(
         view,
         fit.predict(test.vectors) == test.labels,
@@ -58,7 +58,7 @@ def linear(view: View, task: Task) -> Iterator[Result]:
         split=task.test.name,
         feature_point=view.feature_point,
         data=content_hash([train.data, val.data, test.data]),
-        note=join_notes(train.note, val.note, test.note, edge, capped),
+        note=join_notes(train.note, val.note, test.note, edge, short),
         extra={
             "strength": 10**exponent,
             "val_top1": accuracies[exponent],
@@ -141,18 +141,21 @@ class Probe:
         search = torch.optim.LBFGS(
             [point],
             max_iter=MAX_ITERATIONS,
+            max_eval=2 * MAX_ITERATIONS,
             tolerance_grad=TOLERANCE,
             tolerance_change=0.0,
             history_size=10,
             line_search_fn="strong_wolfe",
         )
-        search.step(self._objective(point, scale, strength))
+        objective = self._objective(point, scale, strength)
+        search.step(objective)
+        objective()
+        converged = point.grad is not None and bool(point.grad.abs().max() <= TOLERANCE)
         solution = point.detach() * scale
         self.solutions[strength] = solution
         weight = self.axes @ solution[:-1]
         bias = solution[-1] - self.mean @ weight
-        iterations = int(search.state[point]["n_iter"])
-        return Fit(weight.cpu(), bias.cpu(), self.classes, iterations, iterations < MAX_ITERATIONS)
+        return Fit(weight.cpu(), bias.cpu(), self.classes, int(search.state[point]["n_iter"]), converged)
 
     def _start(self, strength: float) -> Tensor:
         """Return the solution (rank + 1, K) of the nearest stronger fit, the bias in the last row; zeros if none."""

@@ -5,31 +5,18 @@ It is made from the facts that the runs wrote down themselves, not from the plan
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from altsight.methods import find
+from altsight.study.records import ABSENT, Fact, Measure, facts_of, measures_of, of_result
 from altsight.study.result import Arm, StudyResult
-from altsight.study.wording import amount, duration, flat, flops, listed, setting
+from altsight.study.wording import amount, flat, flops, listed, setting
 from altsight.train.state import Summary
 
-ABSENT = "-"
 _PER_RUN = {"name", "train.samples", "train.seed", "train.probe_every"}
 """Settings of a run that are stated elsewhere: its name, its budget and its seed."""
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One row: what it is, and its value for every arm (ABSENT where it does not apply).
-
-    differs: arms that should agree do not; None where nothing says that they should.
-    """
-
-    name: str
-    values: tuple[str, ...]
-    differs: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -47,98 +34,10 @@ class Certificate:
 def certify(result: StudyResult) -> Certificate:
     """Return the certificate of `result`."""
     arms = [arm for name in result.names for arm in result.of(name)]
-    facts = tuple(_facts(arms))
+    facts = tuple(facts_of(arms))
     same, differences, unexplained = _Sentences(result, arms).all()
     labels = tuple(arm.name if len(result.plan.seeds) == 1 else f"{arm.name}, seed {arm.seed}" for arm in arms)
     return Certificate(labels, facts, same, differences, unexplained)
-
-
-def _facts(arms: Sequence[Arm]) -> Iterator[Fact]:
-    yield _per_seed("initial encoder weights", arms, lambda arm: arm.initial_encoder)
-    yield _per_seed("sample sequence", arms, _of_summary(lambda s: s.sample_hash))
-    yield _over_all("training data", arms, _of_summary(lambda s: s.data))
-    for task in dict.fromkeys(measure[0] for measure in _measures(arms)):
-        mine = [measure for measure in _measures(arms) if measure[0] == task]
-        for evaluator in dict.fromkeys(measure[1] for measure in mine):
-            measures = [measure for measure in mine if measure[1] == evaluator]
-            yield _of_measures(f"evaluation data, {task}: {evaluator}", arms, measures, "data")
-        yield _of_measures(f"preprocessing, {task}", arms, mine, "preprocess")
-    yield _over_all("samples seen", arms, _of_summary(lambda s: f"{s.samples_seen:,}"))
-    yield _over_all("steps", arms, _of_summary(lambda s: f"{s.steps:,}"))
-    yield _over_all("batch", arms, _of_run("train.batch"))
-    yield _stated("training FLOPs", arms, _of_summary(lambda s: flops(s.flops)))
-    yield _stated("wall time", arms, _of_summary(lambda s: duration(s.wall_seconds)))
-    yield _stated("of it waiting for data", arms, _of_summary(lambda s: duration(s.wait_seconds)))
-    yield _stated("parameters trained", arms, _of_summary(lambda s: f"{s.parameters['trained']:,}"))
-    yield _over_all("parameters of the encoder", arms, _of_summary(lambda s: f"{s.parameters['encoder']:,}"))
-    yield _over_all("crop", arms, _crop)
-    for name in ("name", "lr", "weight_decay", "betas", "warmup_fraction", "clip_norm", "ema"):
-        yield _stated(f"optimizer: {name}", arms, _of_run(f"optim.{name}"))
-    yield _over_all("precision", arms, _of_summary(lambda s: s.precision))
-    yield _over_all("device", arms, _of_summary(lambda s: s.device))
-    yield _over_all("world size", arms, _of_summary(lambda s: str(s.world_size)))
-    yield _over_all("samples replaced", arms, _of_summary(lambda s: f"{s.bad_samples:,}"))
-    yield _over_all("steps skipped", arms, _of_summary(lambda s: f"{s.skipped_steps:,}"))
-
-
-Pick = Callable[[Arm], str]
-Measure = tuple[str, str, str]
-"""(task, evaluator, metric)"""
-
-
-def _stated(name: str, arms: Sequence[Arm], pick: Pick) -> Fact:
-    return Fact(name, tuple(pick(arm) for arm in arms))
-
-
-def _over_all(name: str, arms: Sequence[Arm], pick: Pick) -> Fact:
-    values = tuple(pick(arm) for arm in arms)
-    return Fact(name, values, len(set(values) - {ABSENT}) > 1)
-
-
-def _per_seed(name: str, arms: Sequence[Arm], pick: Pick) -> Fact:
-    """Arms of one seed should agree; seeds may differ from each other."""
-    found = defaultdict(set)
-    for arm in arms:
-        found[arm.seed].add(pick(arm))
-    return Fact(name, tuple(pick(arm) for arm in arms), any(len(v - {ABSENT}) > 1 for v in found.values()))
-
-
-def _of_summary(pick: Callable[[Summary], str]) -> Pick:
-    return lambda arm: pick(arm.summary) if arm.summary else ABSENT
-
-
-def _of_run(key: str) -> Pick:
-    return lambda arm: setting(flat(arm.run)[key]) if arm.run else ABSENT
-
-
-def _crop(arm: Arm) -> str:
-    if not arm.run:
-        return ABSENT
-    crop = arm.run["data"]["crop"]
-    return f"scale {setting(crop['scale'])}, ratio {setting(crop['ratio'])}, {'flip' if crop['flip'] else 'no flip'}"
-
-
-def _measures(arms: Sequence[Arm]) -> list[Measure]:
-    return list(dict.fromkeys((r.task, r.evaluator, r.metric) for arm in arms for r in arm.results))
-
-
-def _of_measures(name: str, arms: Sequence[Arm], measures: Sequence[Measure], field: str) -> Fact:
-    """Return one row for several measures; arms are held against each other measure by measure."""
-    picks = [_of_result(measure, field) for measure in measures]
-    values = tuple(
-        ", ".join(dict.fromkeys(pick(arm) for pick in picks if pick(arm) != ABSENT)) or ABSENT for arm in arms
-    )
-    return Fact(name, values, any(len({pick(arm) for arm in arms} - {ABSENT}) > 1 for pick in picks))
-
-
-def _of_result(measure: Measure, field: str) -> Pick:
-    """Return what picks a field of one measure; ABSENT where an arm has no number there."""
-
-    def pick(arm: Arm) -> str:
-        rows = (r for r in arm.results if (r.task, r.evaluator, r.metric) == measure and r.value is not None)
-        return next((str(getattr(r, field)) for r in rows), "") or ABSENT
-
-    return pick
 
 
 class _Sentences:
@@ -203,7 +102,7 @@ class _Sentences:
     def _evaluation(self) -> None:
         unequal = dict.fromkeys(
             f"{task}, {evaluator}: arms were not evaluated with equal {what} ({_each(found)})."
-            for task, evaluator, metric in _measures(self.arms)
+            for task, evaluator, metric in measures_of(self.arms)
             for what, field in (("data", "data"), ("preprocessing", "preprocess"))
             if len(set((found := self._by_arm((task, evaluator, metric), field)).values())) > 1
         )
@@ -215,7 +114,7 @@ class _Sentences:
             )
         points = dict.fromkeys(
             f"{task}, {evaluator}: features are read at each method's own feature point ({_each(found)})."
-            for task, evaluator, metric in _measures(self.arms)
+            for task, evaluator, metric in measures_of(self.arms)
             if len(set((found := self._by_arm((task, evaluator, metric), "feature_point")).values())) > 1
         )
         self.differences += points
@@ -255,8 +154,9 @@ class _Sentences:
         per_sample = {arm.name: summary.flops / max(summary.samples_seen, 1) for arm, summary in self.trained}
         if len({flops(x) for x in per_sample.values()}) < 2:
             return
-        cheapest = min(per_sample, key=per_sample.__getitem__)
-        costs = [f"{name} {flops(x)} ({x / per_sample[cheapest]:.1f}-fold)" for name, x in per_sample.items()]
+        least = min(per_sample.values())
+        times = {name: "" if x == least else f" ({x / least:.1f} times the least)" for name, x in per_sample.items()}
+        costs = [f"{name} {flops(x)}{times[name]}" for name, x in per_sample.items()]
         text = f"Forward and backward of one sample cost {listed(costs)}"
         masked = [name for name in per_sample if find(name).masked]
         if masked:
@@ -294,7 +194,7 @@ class _Sentences:
             self.differences.append(f"Steps whose gradient was not finite were left out: {_each(found)}.")
 
     def _by_arm(self, measure: Measure, field: str) -> dict[str, str]:
-        pick = _of_result(measure, field)
+        pick = of_result(measure, field)
         return {self._label(arm): pick(arm) for arm in self.arms if pick(arm) != ABSENT}
 
     def _label(self, arm: Arm) -> str:

@@ -173,7 +173,7 @@ def _certificate(result: StudyResult) -> str:
         for fact in certificate.facts
     )
     corner = '<th scope="col" class="corner">fact</th>'
-    table = f"<table><thead><tr>{corner}{head}</tr></thead><tbody>{rows}</tbody></table>"
+    table = f'<table class="records"><thead><tr>{corner}{head}</tr></thead><tbody>{rows}</tbody></table>'
     return (
         f"{warning}<h3>The same for all arms</h3>{bullets(certificate.same)}"
         f"<h3>Different, and why</h3>{bullets(certificate.differences) or '<p>Nothing.</p>'}"

@@ -54,6 +54,9 @@ th[scope=row], th.corner {
   text-align: left; position: sticky; left: 0; background: var(--paper); padding-left: 0; z-index: 1;
 }
 table.text td { text-align: left; }
+table.records { font-size: .8125rem; }
+table.records th, table.records td { padding: .35rem .6rem; white-space: normal; min-width: 7rem; max-width: 10rem; }
+table.records th[scope=row], table.records th.corner { padding-left: 0; min-width: 9rem; font-weight: 500; }
 td small { display: block; color: var(--muted); white-space: nowrap; }
 tr.quiet th, tr.quiet td { color: var(--muted); font-weight: 400; }
 td.best { background: var(--best); color: var(--best-ink); font-weight: 700; }
@@ -76,25 +79,25 @@ fieldset.axis input { accent-color: var(--accent); }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1.5rem; }
 .panels .plot { height: 15rem; }
 .pictures img, .found img {
-  width: 6.5rem; height: 6.5rem; object-fit: contain; display: block; background: #fff; border-radius: 3px;
+  width: 6rem; height: 6rem; object-fit: contain; display: block; background: #fff; border-radius: 3px;
 }
 .pictures td, .pictures th { border: 0; padding: .25rem .5rem .25rem 0; text-align: left; }
 .pictures td {
-  white-space: normal; font-size: .8125rem; line-height: 1.35; max-width: 7rem; overflow-wrap: break-word;
+  white-space: normal; font-size: .8125rem; line-height: 1.35; max-width: 6.5rem; overflow-wrap: break-word;
 }
 .pictures th[scope=row] { padding-right: 1rem; white-space: normal; width: 7rem; font-size: .8125rem; }
 .query { margin: 1.4rem 0; }
 .query p { margin: 0 0 .4rem; font-size: .9375rem; }
 .found { display: flex; gap: .75rem; list-style: none; padding: 0 0 .25rem; margin: 0; overflow-x: auto; }
 .found li {
-  flex: 0 0 6.5rem; max-width: 6.5rem; font-size: .75rem; line-height: 1.3; color: var(--muted); margin: 0;
+  flex: 0 0 6rem; max-width: 6rem; font-size: .75rem; line-height: 1.3; color: var(--muted); margin: 0;
 }
 .found img { border: 3px solid transparent; }
 .found .right img { border-color: #2f8f4e; }
 .found .right { color: var(--ink); }
 .pair { display: flex; gap: 1.25rem; align-items: flex-start; }
 .pair ol { margin: 0; padding-left: 1.3rem; font-size: .875rem; }
-.pair img { width: 6.5rem; height: 6.5rem; object-fit: contain; background: #fff; border-radius: 3px; flex: none; }
+.pair img { width: 6rem; height: 6rem; object-fit: contain; background: #fff; border-radius: 3px; flex: none; }
 li.right b { color: var(--best-ink); }
 ol.notes { font-size: .8125rem; color: var(--muted); padding-left: 1.2rem; }
 .pair p { margin: 0 0 .3rem; }

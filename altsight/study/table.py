@@ -11,12 +11,17 @@ from altsight.study.compare import Cell, Column, Table, tabulate
 from altsight.study.result import StudyResult
 from altsight.study.wording import evaluator, metric
 
+NARROW = 108
+"""Below this many columns an interval goes under its value."""
+
 
 def print_table(result: StudyResult, console: Console) -> None:
     """Print the main metrics of every task, with 95 % intervals and the chance level."""
     table = tabulate(result)
     for task in dict.fromkeys(column.task for column in table.main):
-        console.print(_rich(result, table, task, [column for column in table.main if column.task == task]))
+        console.print()
+        columns = [column for column in table.main if column.task == task]
+        console.print(_rich(result, table, task, columns, "\n" if console.width < NARROW else " "))
     console.print(
         "[bold]*[/] best method   = not separable from the best at 95 %   (95 % intervals over test items"
         + (", means over seeds)" if len(result.plan.seeds) > 1 else ")"),
@@ -24,7 +29,7 @@ def print_table(result: StudyResult, console: Console) -> None:
     )
 
 
-def _rich(result: StudyResult, table: Table, task: str, columns: list[Column]) -> RichTable:
+def _rich(result: StudyResult, table: Table, task: str, columns: list[Column], gap: str) -> RichTable:
     shown = RichTable(
         title=f"{task} (per cent)", title_justify="left", title_style="bold", box=box.SIMPLE, padding=0, show_edge=False
     )
@@ -38,7 +43,7 @@ def _rich(result: StudyResult, table: Table, task: str, columns: list[Column]) -
     for name in table.arms:
         kind = result.kind(name)
         label = f"{name}, ref." if kind == "reference" else name
-        cells = [_cell(table.cells[name, column]) for column in columns]
+        cells = [_cell(table.cells[name, column], gap) for column in columns]
         shown.add_row(Text(label, style="" if kind == "method" else "dim"), *cells)
     shown.add_section()
     for label, levels in (("chance", table.chance), ("commonest class", table.commonest)):
@@ -46,10 +51,10 @@ def _rich(result: StudyResult, table: Table, task: str, columns: list[Column]) -
     return shown
 
 
-def _cell(cell: Cell) -> Text:
+def _cell(cell: Cell, gap: str) -> Text:
     if cell.value is None:
         return Text("n/a", style="dim")
     text = {"best": "*", "tied": "=", "": ""}[cell.mark] + f"{100 * cell.value:.1f}"
     if cell.low is not None and cell.high is not None:
-        text += f" ({100 * cell.low:.1f}-{100 * cell.high:.1f})"
+        text += f"{gap}({100 * cell.low:.1f}-{100 * cell.high:.1f})"
     return Text(text, style="bold" if cell.mark == "best" else "")

@@ -27,5 +27,5 @@ def flops_per_sample(method: Method, batch: Batch) -> float:
         # Sums suffice: which loss follows does not change the cost of the graph behind its inputs.
         total = sum(value.sum() for value in [*out.local.values(), *out.shared.values()])
         assert isinstance(total, torch.Tensor)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
     return counter.get_total_flops() / len(few)

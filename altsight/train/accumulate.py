@@ -83,7 +83,7 @@ class Accumulator:
                 terms = {name: value / counts[name] for name, value in out.local.items()}
                 if out.shared:
                     terms |= self.method.loss(out.shared)
-                self._total(terms).backward()  # type: ignore[no-untyped-call]
+                self._total(terms).backward()
             _add(losses, terms)
         return losses
 
@@ -111,7 +111,7 @@ class Accumulator:
                         surrogate = surrogate + (out.shared[name] * pull[start : start + rows]).sum()
                 if last:
                     surrogate = surrogate + sum(own_pull)
-                surrogate.backward()  # type: ignore[no-untyped-call]
+                surrogate.backward()
             start += rows
             _add(losses, terms)
         return losses
@@ -119,7 +119,7 @@ class Accumulator:
     def _embed(self, part: Batch) -> Outputs:
         at = key(self.seed, int(part.positions[0]), "embed")
         with torch_seeded(at), self.autocast():
-            return self.model(part, at)  # type: ignore[no-any-return]
+            return self.model(part, at)
 
     def _total(self, terms: Losses) -> Tensor:
         # DDP averages gradients over ranks; the shares of all ranks add up to the loss.

@@ -63,7 +63,9 @@ class Log:
 
     def advance(self, samples_seen: int, note: str = "") -> None:
         """Move the bar."""
-        self._bar.update(self._task, completed=samples_seen, **({"note": note} if note else {}))
+        self._bar.update(self._task, completed=samples_seen)
+        if note:
+            self._bar.update(self._task, note=note)
 
     def write(self, line: dict[str, float]) -> None:
         """Append one line; `line["samples"]` is its place on the horizontal axis."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
@@ -19,12 +20,13 @@ def make_optimizer(method: Method, config: OptimConfig, batch: int) -> torch.opt
     Raises:
         UserError: timm has no optimizer of that name.
     """
-    if config.name not in list_optimizers():
-        raise UserError(f"timm has no optimizer '{config.name}'.{did_you_mean(config.name, list_optimizers())}")
+    known = [str(name) for name in list_optimizers()]
+    if config.name not in known:
+        raise UserError(f"timm has no optimizer '{config.name}'.{did_you_mean(config.name, known)}")
     excluded = method.no_weight_decay()
     groups = param_groups_weight_decay(method, config.weight_decay, no_weight_decay_list=excluded)
     accepted = inspect.signature(get_optimizer_class(config.name, bind_defaults=False)).parameters
-    options = {"betas": config.betas, "eps": config.eps, "momentum": config.betas[0]}
+    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "momentum": config.betas[0]}
     options = {name: value for name, value in options.items() if name in accepted}
     return create_optimizer_v2(groups, opt=config.name, lr=config.peak_lr(batch), **options)
 

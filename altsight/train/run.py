@@ -101,7 +101,9 @@ def load_run(path: Path) -> Run[Any]:
     data = read_json(path)
     if not isinstance(data, dict) or "name" not in data:
         raise UserError(f"'{path}' does not describe a run: it names no method.")
-    return from_dict(data, Run[find(data["name"]).Config], str(path))  # type: ignore[misc]
+    kind: Any = Run[find(data["name"]).Config]  # type: ignore[misc]
+    run: Run[Any] = from_dict(data, kind, str(path))
+    return run
 
 
 def build(run: Run[Any], corpus: Corpus) -> Method:

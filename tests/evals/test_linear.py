@@ -58,13 +58,13 @@ def test_the_default_tolerance_is_no_worse_than_that_of_scikit_learn(strength: f
 
 
 def test_a_warm_start_ends_where_a_cold_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TOLERANCE", 1e-6)
+    monkeypatch.setattr(module, "TOLERANCE", 1e-5)
     vectors, labels = clouds()
     warm, cold = Probe(vectors, labels), Probe(vectors, labels)
     warm.fit(10)
     a, b = warm.fit(0.1), cold.fit(0.1)
     assert a.iterations < b.iterations
-    torch.testing.assert_close(a.weight, b.weight, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(a.weight, b.weight, rtol=5e-3, atol=5e-3)
 
 
 def test_classes_that_the_training_data_lacks_are_never_predicted() -> None:

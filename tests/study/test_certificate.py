@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from altsight.study.certificate import ABSENT, Certificate, certify
+from altsight.study.certificate import Certificate, certify
 from altsight.study.plan import Budget
+from altsight.study.records import ABSENT
 from tests.study.made import absent, accuracy, arm, hits, plan, study
 
 
@@ -96,7 +97,7 @@ def test_a_budget_in_flops_says_why_the_samples_differ() -> None:
     made = certify(study(arm("mae", of=of), arm("clip", of=of, samples_seen=320, steps=5, sample_hash="77"), of=of))
     said = text(made.differences)
     assert "budget is 6.40 GFLOPs" in said and "mae 640 and clip 320" in said
-    assert "mae 10.0 MFLOPs (1.0-fold) and clip 20.0 MFLOPs (2.0-fold)" in said
+    assert "mae 10.0 MFLOPs and clip 20.0 MFLOPs (2.0 times the least)" in said
     assert "mae encodes only the visible patches" in said
     assert not made.unexplained
 
