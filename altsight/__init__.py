@@ -8,10 +8,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from altsight.api import Run, View, evaluate, load, prepare, pretrain, study
+    from altsight.api import (
+        Run,
+        View,
+        evaluate,
+        load,
+        override,
+        prepare,
+        pretrain,
+        recipe,
+        sample_tasks,
+        study,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Run", "View", "evaluate", "load", "prepare", "pretrain", "study"]
+__all__ = [
+    "Run",
+    "View",
+    "evaluate",
+    "load",
+    "override",
+    "prepare",
+    "pretrain",
+    "recipe",
+    "sample_tasks",
+    "study",
+]
 
 
 def __getattr__(name: str) -> Any:

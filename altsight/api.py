@@ -13,13 +13,25 @@ from altsight.evals import evaluate
 from altsight.evals.base import Task, View
 from altsight.evals.load import load_view, view_of
 from altsight.methods.base import Method
-from altsight.study.plan import Plan, read_plan
+from altsight.recipes import recipe, sample_tasks
+from altsight.study.plan import Plan, locate, read_plan
 from altsight.study.run import StudyResult
 from altsight.study.run import study as _study
 from altsight.train.loop import pretrain as _pretrain
-from altsight.train.run import Run, default_run
+from altsight.train.run import Run, override
 
-__all__ = ["Run", "View", "default_run", "evaluate", "load", "prepare", "pretrain", "study"]
+__all__ = [
+    "Run",
+    "View",
+    "evaluate",
+    "load",
+    "override",
+    "prepare",
+    "pretrain",
+    "recipe",
+    "sample_tasks",
+    "study",
+]
 
 
 def prepare(
@@ -32,10 +44,12 @@ def prepare(
 ) -> Prepared:
     """Index the tar shards at `source` and write index, statistics and tokenizer to the folder `out`.
 
+    `source` is a path, a glob pattern, or a set of the embedded sample data such as "samples:clipart/train".
+
     Raises:
         UserError: the source is missing, damaged, or has no captions.
     """
-    return _prepare(PrepareConfig(source, Path(out), tuple(captions), label, tokenizer, vocab_size))
+    return _prepare(PrepareConfig(locate(source), Path(out), tuple(captions), label, tokenizer, vocab_size))
 
 
 def pretrain(run: Run[Any], out: str | Path = "", probe: Task | None = None) -> View:

@@ -68,6 +68,10 @@ class Index:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def thinned(self, most: int) -> Index:
+        """Return the index of every n-th sample, with the smallest n that leaves at most `most`."""
+        return Index(self.shards, self.samples[:: max(1, -(-len(self) // most))])
+
     def image(self, i: int) -> bytes:
         """Return the encoded image of sample `i`."""
         return self._read(i, "image")

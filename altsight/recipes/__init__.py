@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from altsight.core.errors import UserError, did_you_mean
+from altsight.evals.base import Task
 from altsight.methods import METHODS
 from altsight.study.plan import Plan, read_plan
+from altsight.study.run import open_tasks
 from altsight.train.run import Run, default_run
 
 SAMPLE = "sample_"
@@ -19,6 +21,11 @@ SAMPLE = "sample_"
 def demo_plan() -> Plan:
     """Return the plan of `altsight demo`: minutes on two CPU cores; larger and longer where there is a GPU."""
     return read_plan(Path(__file__).with_name("demo_gpu.toml" if torch.cuda.is_available() else "demo_cpu.toml"))
+
+
+def sample_tasks() -> list[Task]:
+    """Return the tasks of the demo, on the embedded sample data."""
+    return open_tasks(demo_plan().tasks)
 
 
 def names() -> list[str]:

@@ -37,10 +37,12 @@ from altsight.study.result import UNTRAINED, Arm, Evaluation, Kind, StudyResult,
 from altsight.study.table import print_table
 from altsight.train.log import console, progress_bar
 from altsight.train.loop import Probe, pretrain
-from altsight.train.run import build, pick_device, weights_hash
+from altsight.train.run import build, pick_device, pick_precision, weights_hash
 
 __all__ = ["StudyResult", "study"]
 
+PROBE_TRAIN, PROBE_VAL = 1024, 512
+"""Samples of the online probe's gallery, and those it is tested on: enough for a curve, too few for a result."""
 LIBRARIES = ("torch", "timm", "tokenizers", "numpy", "altsight")
 
 
@@ -203,11 +205,11 @@ def _untrained(plan: Plan, seed: int, tasks: Sequence[Task], directory: Path) ->
 
     def view() -> View:
         preprocess = Preprocess(plan.encoder.img_size, plan.encoder.normalization)
-        return View(UNTRAINED, encoder.to(pick_device(plan.train.device)), preprocess)
+        return _computing(View(UNTRAINED, encoder.to(pick_device(plan.train.device)), preprocess), plan)
 
     folder = directory / arm.folder
     if not (folder / "log.jsonl").exists():
-        line = {"samples": 0, "flops": 0.0, **_probe(view(), tasks[0])}
+        line = {"samples": 0, "flops": 0.0, **_probe(view(), probe_task(tasks[0]))}
         if dist.world().is_main:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "log.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
@@ -221,23 +223,38 @@ def _trained(result: StudyResult, name: str, seed: int, prepared: Prepared, task
     kind: Kind = "method" if name in plan.methods else "reference"
     arm = Arm(name, seed, kind, initial_encoder="", run=to_dict(run))
     folder = result.path(arm)
-    summary = pretrain(run, prepared, folder, online_probe(name, tasks[0]))
+    summary = pretrain(run, prepared, folder, online_probe(plan, name, tasks[0]))
 
     def view() -> View:
         _, method = load_method(folder)
-        return view_of(method.to(pick_device(plan.train.device)), name)
+        return _computing(view_of(method.to(pick_device(plan.train.device)), name), plan)
 
     results = _evaluated(view, tasks, folder)
     return dataclasses.replace(arm, initial_encoder=summary.initial_encoder, summary=summary, results=results)
 
 
-def online_probe(name: str, task: Task) -> Probe:
-    """Return the probe taken while an arm trains: k-NN on the validation split of `task`."""
-    return lambda method: _probe(view_of(method, name), task)
+def online_probe(plan: Plan, name: str, task: Task) -> Probe:
+    """Return the probe taken while an arm trains: k-NN on the validation split of `task`, thinned to be quick."""
+    thin = probe_task(task)
+    return lambda method: _probe(_computing(view_of(method, name), plan), thin)
+
+
+def probe_task(task: Task) -> Task:
+    """Return `task` for the online probe: an even choice of its training split, tested on one of its validation split."""
+    thin = {
+        split.name: Split(split.name, dataclasses.replace(split.source, index=split.source.index.thinned(most)))
+        for split, most in ((task.train, PROBE_TRAIN), (task.val, PROBE_VAL))
+    }
+    return dataclasses.replace(task, train=thin["train"], val=thin["val"], test=thin["val"])
+
+
+def _computing(view: View, plan: Plan) -> View:
+    """Return `view` in the precision of the study: that in which its arms are trained, for every arm."""
+    return dataclasses.replace(view, dtype=pick_precision(plan.train.precision, pick_device(plan.train.device)))
 
 
 def _probe(view: View, task: Task) -> dict[str, float]:
-    results = evaluate(view, [dataclasses.replace(task, test=task.val)], ["knn"])
+    results = evaluate(view, [task], ["knn"])
     return {f"probe/{r.task}/{r.metric}": r.value for r in results if r.value is not None}
 
 

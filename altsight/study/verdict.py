@@ -97,8 +97,8 @@ def _against_untrained(result: StudyResult, table: Table) -> str:
         return "Every method is clearly better than the untrained encoder."
     if all(len(missed) == len(columns) for missed in failed.values()):
         return (
-            "No method is clearly better than the untrained encoder in any comparison: with this budget they have not "
-            "learnt enough to be told apart."
+            "No method is clearly better than the untrained encoder in any comparison; it takes a larger budget or "
+            "harder tasks to tell them apart."
         )
     parts = [f"{name} ({listed([str(c) for c in missed])})" for name, missed in failed.items() if missed]
     return f"Not clearly better than the untrained encoder: {listed(parts)}."

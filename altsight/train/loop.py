@@ -205,6 +205,7 @@ def _train(
                 log.advance(state.samples_seen, f"loss {last['loss']:.3f}")
             if probe is not None and _crossed(state, run.train.batch, run.train.probe_every):
                 _write_probe(log, state, probe, method)
+                meter.restart()
             stop = dist.any_rank(bool(asked))
             if stop or state.samples_seen == samples or _crossed(state, run.train.batch, run.train.checkpoint_every):
                 _save(training, directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -11,7 +12,7 @@ import torch
 from tyro.conf import Suppress
 
 from altsight.core.config import OptimConfig, from_dict, read_json, to_dict, write_json
-from altsight.core.errors import UserError
+from altsight.core.errors import UserError, did_you_mean
 from altsight.core.rng import key
 from altsight.data.views import Crop
 from altsight.methods import find
@@ -87,6 +88,24 @@ def default_run(name: str) -> Run[Any]:
     return Run(name=name, method=cls.Config(), optim=cls.optim)
 
 
+def override(run: Run[Any], settings: Mapping[str, Any]) -> Run[Any]:
+    """Return `run` with dotted settings replaced, for example {"train.samples": 1000, "method.mask_ratio": 0.6}.
+
+    Raises:
+        UserError: there is no such setting, or the value has the wrong type.
+    """
+    data = to_dict(run)
+    for dotted, value in settings.items():
+        *path, last = dotted.split(".")
+        table = data
+        for name in path:
+            table = table.get(name) if isinstance(table, dict) else None
+        if not isinstance(table, dict) or last not in table:
+            raise UserError(f"{run.name} has no setting '{dotted}'.{did_you_mean(dotted, _dotted(data))}")
+        table[last] = to_dict(value)
+    return _from_dict(data, "override")
+
+
 def save_run(run: Run[Any], path: Path) -> None:
     """Write `run` as JSON."""
     write_json(path, to_dict(run))
@@ -101,9 +120,22 @@ def load_run(path: Path) -> Run[Any]:
     data = read_json(path)
     if not isinstance(data, dict) or "name" not in data:
         raise UserError(f"'{path}' does not describe a run: it names no method.")
+    return _from_dict(data, str(path))
+
+
+def _from_dict(data: dict[str, Any], where: str) -> Run[Any]:
     kind: Any = Run[find(data["name"]).Config]  # type: ignore[misc]
-    run: Run[Any] = from_dict(data, kind, str(path))
+    run: Run[Any] = from_dict(data, kind, where)
     return run
+
+
+def _dotted(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all leaves."""
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def build(run: Run[Any], corpus: Corpus) -> Method:

@@ -59,6 +59,10 @@ class Meter:
         self._tick = time.perf_counter()
         self._mark = (state.samples_seen, state.wall_seconds, state.wait_seconds)
 
+    def restart(self) -> None:
+        """Leave out the time since the last tick: a probe is not training."""
+        self._tick = time.perf_counter()
+
     def tick(self, state: State, wait: float) -> None:
         """Add the time since the last tick to the state."""
         now = time.perf_counter()
