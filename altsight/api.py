@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from altsight.data.prepare import PrepareConfig, Prepared, open_prepared
 from altsight.data.prepare import prepare as _prepare
 from altsight.evals import evaluate
 from altsight.evals.base import Task, View
-from altsight.evals.load import load_view, view_of
-from altsight.methods.base import Method
+from altsight.evals.load import load_view
 from altsight.recipes import recipe, sample_tasks
 from altsight.study.plan import Plan, locate, read_plan
-from altsight.study.run import StudyResult
+from altsight.study.run import StudyResult, online_probe
 from altsight.study.run import study as _study
 from altsight.train.loop import pretrain as _pretrain
 from altsight.train.run import Run, override
@@ -62,13 +60,8 @@ def pretrain(run: Run[Any], out: str | Path = "", probe: Task | None = None) -> 
         UserError: the run cannot be done as asked.
     """
     directory = Path(out or f"runs/{run.name}")
-
-    def online(method: Method) -> dict[str, float]:
-        view = dataclasses.replace(view_of(method, run.name), cache={})
-        results = evaluate(view, [probe] if probe else [], ["knn"])
-        return {f"probe/{r.task}/{r.metric}": r.value for r in results if r.value is not None}
-
-    _pretrain(run, open_prepared(Path(run.data.path)), directory, online if probe else None)
+    online = online_probe(run.train, run.name, probe) if probe else None
+    _pretrain(run, open_prepared(Path(run.data.path)), directory, online)
     return load_view(directory)
 
 

@@ -23,7 +23,7 @@ from altsight.evals.load import load_view
 from altsight.recipes import demo_plan, names, recipe
 from altsight.study.plan import Plan, locate, read_plan
 from altsight.train.log import console, progress_bar
-from altsight.train.loop import Stopped
+from altsight.train.loop import Probe, Stopped
 from altsight.train.run import Run
 
 M = TypeVar("M")
@@ -110,6 +110,8 @@ class Pretrain(Generic[M]):
     run: Annotated[Run[M], tyro.conf.arg(name="")]
     out: Path
     """Folder of the run."""
+    probe: Path | None = None
+    """A study plan (TOML) whose first task is probed every --train.probe-every samples; the demo's otherwise."""
 
 
 def pretrain(argv: Sequence[str]) -> int:
@@ -125,8 +127,9 @@ def pretrain(argv: Sequence[str]) -> int:
         raise UserError("no data to train on: give --data.path, the folder that `altsight prepare` wrote.")
     from altsight.train.loop import pretrain as train
 
+    run = options.run
     try:
-        done = train(options.run, open_prepared(options.run.data.path), options.out)
+        done = train(run, open_prepared(run.data.path), options.out, _probe(run, options.probe))
     except Stopped as stopped:
         console.print(f"altsight: {stopped}.")
         return 1
@@ -136,6 +139,15 @@ def pretrain(argv: Sequence[str]) -> int:
         cost = f"{done.flops:.3g} FLOPs, {done.wall_seconds:.0f} s"
         console.print(f"{done.samples_seen:,} samples, {cost} -> {options.out}")
     return 0
+
+
+def _probe(run: Run[Any], plan: Path | None) -> Probe | None:
+    if not run.train.probe_every:
+        return None
+    from altsight.study.run import online_probe, open_tasks
+
+    tasks = (read_plan(plan) if plan else demo_plan()).tasks
+    return online_probe(run.train, run.name, open_tasks(tasks[:1])[0])
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,23 @@ def interval(values: npt.ArrayLike, groups: npt.ArrayLike | None = None, seed: i
     return Interval(float(items.mean()), float(low), float(high))
 
 
+def class_interval(hits: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -> Interval:
+    """Return the mean over classes of the accuracy within a class, and its interval; each class is resampled by itself.
+
+    Args:
+        hits: (n,) 0 or 1 for each test item. labels: (n,) its class. Always answering one class scores 1 / classes.
+    """
+    correct = np.asarray(hits, dtype=np.float64)
+    if not len(correct):
+        raise UserError("an interval needs at least one test item, and the split has none.")
+    ids = np.unique(np.asarray(labels), return_inverse=True)[1]
+    sizes, right = np.bincount(ids), np.bincount(ids, weights=correct)
+    # The hits among n_c draws with replacement from a class are binomial.
+    drawn = key(seed, 0, "bootstrap").generator().binomial(sizes, right / sizes, size=(RESAMPLES, len(sizes)))
+    low, high = np.quantile((drawn / sizes).mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float((right / sizes).mean()), float(low), float(high))
+
+
 def paired_difference(
     correct_a: npt.ArrayLike, correct_b: npt.ArrayLike, groups: npt.ArrayLike | None = None, seed: int = 0
 ) -> Interval:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch.nn.functional as F
@@ -12,28 +13,32 @@ from torch import Tensor
 
 from altsight.core.errors import UserError
 from altsight.evals.base import Result, Task, View, not_applicable
-from altsight.evals.bootstrap import scored
-from altsight.evals.features import classes_of, finite, joint_vectors, labelled, rate_of_commonest
+from altsight.evals.bootstrap import class_interval, scored
+from altsight.evals.features import classes_of, finite, join_notes, joint_vectors, labelled, rate_of_commonest
 from altsight.evals.retrieval import ranks
 
 TOP = (1, 5)
 
 
 def zeroshot(view: View, task: Task) -> Iterator[Result]:
-    """Yield top-1 and, with more than five classes, top-5 accuracy on the test split."""
+    """Yield top-1 and, with more than five classes, top-5 accuracy on the test split, and the mean over classes of top-1.
+
+    The mean over classes (D1.4) tells a classifier that always answers the commonest class from one that sees.
+    """
     if not task.label:
         return
     classes = classes_of(task)
     tops = [k for k in TOP if k < len(classes)]
     if not view.is_dual:
-        for k in tops:
-            yield not_applicable(view, task, "zeroshot", f"top{k}")
+        for metric in (*(f"top{k}" for k in tops), "mean_class"):
+            yield not_applicable(view, task, "zeroshot", metric)
         return
     test = labelled(view, task, task.test)
     images = joint_vectors(view, task.test)[list(test.rows)]
     found = ranks(images @ classifier(view, classes, task.prompts).T, test.labels)
+    top1: Result | None = None
     for k in tops:
-        yield scored(
+        result = scored(
             view,
             found < k,
             task=task.name,
@@ -50,6 +55,14 @@ def zeroshot(view: View, task: Task) -> Iterator[Result]:
                 "commonest": rate_of_commonest(test.labels, test.labels),
             },
         )
+        top1 = top1 or result
+        yield result
+    mean = class_interval(found < 1, test.labels)
+    if top1 is not None:
+        present = len(test.labels.unique())
+        note = join_notes(top1.note, "" if present == len(classes) else f"{present} of {len(classes)} classes occur")
+        extra = {"classes": len(classes), "prompts": list(task.prompts)}
+        yield replace(top1, metric="mean_class", value=mean.value, low=mean.low, high=mean.high, note=note, extra=extra)
 
 
 def classifier(view: View, classes: Sequence[str], prompts: Sequence[str]) -> Tensor:

@@ -37,7 +37,7 @@ from altsight.study.result import UNTRAINED, Arm, Evaluation, Kind, StudyResult,
 from altsight.study.table import print_table
 from altsight.train.log import console, progress_bar
 from altsight.train.loop import Probe, pretrain
-from altsight.train.run import build, pick_device, pick_precision, weights_hash
+from altsight.train.run import TrainConfig, build, pick_device, pick_precision, weights_hash
 
 __all__ = ["StudyResult", "study"]
 
@@ -205,7 +205,7 @@ def _untrained(plan: Plan, seed: int, tasks: Sequence[Task], directory: Path) ->
 
     def view() -> View:
         preprocess = Preprocess(plan.encoder.img_size, plan.encoder.normalization)
-        return _computing(View(UNTRAINED, encoder.to(pick_device(plan.train.device)), preprocess), plan)
+        return _computing(View(UNTRAINED, encoder.to(pick_device(plan.train.device)), preprocess), plan.train)
 
     folder = directory / arm.folder
     if not (folder / "log.jsonl").exists():
@@ -223,24 +223,24 @@ def _trained(result: StudyResult, name: str, seed: int, prepared: Prepared, task
     kind: Kind = "method" if name in plan.methods else "reference"
     arm = Arm(name, seed, kind, initial_encoder="", run=to_dict(run))
     folder = result.path(arm)
-    summary = pretrain(run, prepared, folder, online_probe(plan, name, tasks[0]))
+    summary = pretrain(run, prepared, folder, online_probe(plan.train, name, tasks[0]))
 
     def view() -> View:
         _, method = load_method(folder)
-        return _computing(view_of(method.to(pick_device(plan.train.device)), name), plan)
+        return _computing(view_of(method.to(pick_device(plan.train.device)), name), plan.train)
 
     results = _evaluated(view, tasks, folder)
     return dataclasses.replace(arm, initial_encoder=summary.initial_encoder, summary=summary, results=results)
 
 
-def online_probe(plan: Plan, name: str, task: Task) -> Probe:
-    """Return the probe taken while an arm trains: k-NN on the validation split of `task`, thinned to be quick."""
+def online_probe(train: TrainConfig, name: str, task: Task) -> Probe:
+    """Return the probe taken while a run trains: k-NN on the validation split of `task`, thinned to be quick."""
     thin = probe_task(task)
-    return lambda method: _probe(_computing(view_of(method, name), plan), thin)
+    return lambda method: _probe(_computing(view_of(method, name), train), thin)
 
 
 def probe_task(task: Task) -> Task:
-    """Return `task` for the online probe: an even choice of its training split, tested on one of its validation split."""
+    """Return `task` for the online probe: part of the training split, tested on part of the validation split."""
     thin = {
         split.name: Split(split.name, dataclasses.replace(split.source, index=split.source.index.thinned(most)))
         for split, most in ((task.train, PROBE_TRAIN), (task.val, PROBE_VAL))
@@ -248,9 +248,9 @@ def probe_task(task: Task) -> Task:
     return dataclasses.replace(task, train=thin["train"], val=thin["val"], test=thin["val"])
 
 
-def _computing(view: View, plan: Plan) -> View:
-    """Return `view` in the precision of the study: that in which its arms are trained, for every arm."""
-    return dataclasses.replace(view, dtype=pick_precision(plan.train.precision, pick_device(plan.train.device)))
+def _computing(view: View, train: TrainConfig) -> View:
+    """Return `view` in the precision of training, which in a study is the same for every arm."""
+    return dataclasses.replace(view, dtype=pick_precision(train.precision, pick_device(train.device)))
 
 
 def _probe(view: View, task: Task) -> dict[str, float]:

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from altsight.core.errors import UserError
-from altsight.evals.bootstrap import groups_of, hits_of, interval, paired_difference, scored
+from altsight.evals.bootstrap import (
+    Interval,
+    class_interval,
+    groups_of,
+    hits_of,
+    interval,
+    paired_difference,
+    scored,
+)
 from tests.evals.conftest import make_view
 
 
@@ -97,3 +105,22 @@ def test_a_result_without_hits_says_so() -> None:
 
     with pytest.raises(UserError, match="no per-item hits"):
         hits_of(Result("t", "collapse", "std", 0.5))
+
+
+def test_mean_over_classes_ignores_how_common_a_class_is() -> None:
+    labels = np.array([0] * 90 + [1] * 10)
+    always_zero = (labels == 0).astype(float)
+    assert class_interval(always_zero, labels) == Interval(0.5, 0.5, 0.5)
+    slow = [np.mean(always_zero[labels == c]) for c in (0, 1)]
+    assert class_interval(always_zero, labels).value == np.mean(slow)
+
+
+def test_the_interval_of_the_mean_over_classes_covers_the_truth() -> None:
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), [200, 100, 60, 40])
+    truth = np.array([0.9, 0.5, 0.3, 0.7])
+    covered = 0
+    for seed in range(200):
+        found = class_interval(draw.random(len(labels)) < truth[labels], labels, seed)
+        covered += found.low <= truth.mean() <= found.high
+    assert 180 <= covered <= 199

@@ -50,7 +50,7 @@ def test_labels_become_words() -> None:
 
 
 def test_top1_of_a_view(colours: Task) -> None:
-    (result,) = zeroshot(make_view(dual=True), colours)
+    result, _ = zeroshot(make_view(dual=True), colours)
     assert result.value == 1
     assert result.chance == pytest.approx(1 / 3)
     assert (result.n, result.metric, result.feature_point) == (24, "top1", "mean, projected")
@@ -62,9 +62,10 @@ def test_top5_counts_the_five_nearest_classes(make_split: MakeSplit) -> None:
     # Only the colours have a text vector of their own; the other classes all lie at grey, and ties go by index.
     samples = [Sample(near("red", i), name) for i in range(4) for name in ("red", "a", "b", "c", "d", "e")]
     split = make_split("test", samples)
-    top1, top5 = zeroshot(make_view(dual=True), Task("t", split, split, split, label="kind"))
+    top1, top5, mean = zeroshot(make_view(dual=True), Task("t", split, split, split, label="kind"))
     # The ranking is red, then a, b, c, d, e: only e is not among five, and only red is first.
     assert (top1.value, top5.value) == (pytest.approx(1 / 6), pytest.approx(5 / 6))
+    assert mean.value == pytest.approx(1 / 6)
     assert (top1.chance, top5.chance) == (pytest.approx(1 / 6), pytest.approx(5 / 6))
 
 
@@ -72,7 +73,7 @@ def test_samples_without_a_label_or_image_do_not_shift_the_others(make_split: Ma
     samples = coloured(3)
     samples[2], samples[4] = Sample(None, "blue"), Sample(COLOURS["red"])
     split = make_split("test", samples)
-    (result,) = zeroshot(make_view(dual=True), Task("t", split, split, split, label="kind"))
+    result, _ = zeroshot(make_view(dual=True), Task("t", split, split, split, label="kind"))
     assert (result.value, result.n) == (1, 7)
     assert result.note == "test: left out 1 with a broken image and 1 with no label"
 
@@ -82,15 +83,17 @@ def test_shuffled_labels_give_chance(make_split: MakeSplit) -> None:
     names = ("red", "green", "blue")
     samples = [Sample(s.colour, str(draw.choice(names))) for s in coloured(60)]
     split = make_split("test", samples)
-    (result,) = zeroshot(make_view(dual=True, batch_size=64), Task("t", split, split, split, label="kind"))
+    result, _ = zeroshot(make_view(dual=True, batch_size=64), Task("t", split, split, split, label="kind"))
     assert result.low is not None and result.high is not None
     assert result.low < 1 / 3 < result.high
 
 
 def test_without_a_text_tower_it_is_not_applicable(colours: Task) -> None:
-    (result,) = zeroshot(make_view(), colours)
-    assert result.value is None and result.low is None
-    assert result.note == "not applicable: this encoder has no text tower"
+    results = list(zeroshot(make_view(), colours))
+    assert [result.metric for result in results] == ["top1", "mean_class"]
+    for result in results:
+        assert result.value is None and result.low is None
+        assert result.note == "not applicable: this encoder has no text tower"
 
 
 def test_a_task_without_labels_yields_nothing(colours: Task) -> None:
@@ -102,3 +105,11 @@ def test_a_prompt_needs_one_place_for_the_class(prompts: tuple[str, ...], colour
     task = Task("t", colours.train, colours.val, colours.test, label="kind", prompts=prompts)
     with pytest.raises(UserError, match="prompt"):
         list(zeroshot(make_view(dual=True), task))
+
+
+def test_mean_over_classes_weighs_every_class_alike(make_split: MakeSplit) -> None:
+    # Nine reds are right; the three greens are drawn blue, so they are wrong.
+    samples = [Sample(COLOURS["red"], "red")] * 9 + [Sample(COLOURS["blue"], "green")] * 3
+    split = make_split("test", [*samples, Sample(COLOURS["blue"], "blue")])
+    top1, mean = zeroshot(make_view(dual=True), Task("t", split, split, split, label="kind"))
+    assert (top1.value, mean.value) == (pytest.approx(10 / 13), pytest.approx(2 / 3))
