@@ -21,7 +21,7 @@ TOP = (1, 5)
 
 
 def zeroshot(view: View, task: Task) -> Iterator[Result]:
-    """Yield top-1 and, with more than five classes, top-5 accuracy on the test split, and the mean over classes of top-1.
+    """Yield top-1 accuracy on the test split, top-5 with more than five classes, and the mean over classes of top-1.
 
     The mean over classes (D1.4) tells a classifier that always answers the commonest class from one that sees.
     """
