@@ -8,28 +8,18 @@ from typing import Any
 
 from altsight.data.prepare import PrepareConfig, Prepared, open_prepared
 from altsight.data.prepare import prepare as _prepare
-from altsight.evals import evaluate
-from altsight.evals.base import Task, View
+from altsight.evals import evaluate as evaluate
+from altsight.evals.base import Task
+from altsight.evals.base import View as View
 from altsight.evals.load import load_view
-from altsight.recipes import recipe, sample_tasks
+from altsight.recipes import recipe as recipe
+from altsight.recipes import sample_tasks as sample_tasks
 from altsight.study.plan import Plan, locate, read_plan
 from altsight.study.run import StudyResult, online_probe
 from altsight.study.run import study as _study
 from altsight.train.loop import pretrain as _pretrain
-from altsight.train.run import Run, override
-
-__all__ = [
-    "Run",
-    "View",
-    "evaluate",
-    "load",
-    "override",
-    "prepare",
-    "pretrain",
-    "recipe",
-    "sample_tasks",
-    "study",
-]
+from altsight.train.run import Run as Run
+from altsight.train.run import override as override
 
 
 def prepare(

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from altsight.evals.base import Result
-from altsight.evals.bootstrap import Interval, hits_of, interval, paired_difference
+from altsight.evals.bootstrap import Interval, groups_of, hits_of, interval, paired_difference
 from altsight.study.result import StudyResult
 from altsight.study.wording import evaluator, metric
 
@@ -114,7 +114,7 @@ def difference(a: Sequence[Result], b: Sequence[Result]) -> Interval | None:
     """
     if not (_paired(a) and _paired(b)) or a[0].data != b[0].data:
         return None
-    return paired_difference(_mean_hits(a), _mean_hits(b), _groups(a[0]))
+    return paired_difference(_mean_hits(a), _mean_hits(b), groups_of(a[0]))
 
 
 def separable(a: Sequence[Result], b: Sequence[Result]) -> bool:
@@ -142,7 +142,7 @@ def _cell(results: Sequence[Result]) -> Cell:
         note = results[0].note if results else "not evaluated"
         return Cell(None, note=note)
     if len(values) > 1 and _paired(results):
-        found = interval(_mean_hits(results), _groups(results[0]))
+        found = interval(_mean_hits(results), groups_of(results[0]))
         return Cell(found.value, found.low, found.high, tuple(values), results[0].n, results[0].note)
     known = all(r.low is not None and r.high is not None for r in results)
     low, high = (_low(results), _high(results)) if known else (None, None)
@@ -177,8 +177,3 @@ def _paired(results: Sequence[Result]) -> bool:
 
 def _mean_hits(results: Sequence[Result]) -> npt.NDArray[np.float64]:
     return np.mean([hits_of(r) for r in results], axis=0, dtype=np.float64)
-
-
-def _groups(result: Result) -> npt.NDArray[np.int64] | None:
-    sizes = result.extra.get("group_sizes")
-    return None if sizes is None else np.repeat(np.arange(len(sizes)), sizes)
