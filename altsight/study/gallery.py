@@ -111,7 +111,8 @@ def _reconstruct(gallery: Gallery, name: str, method: Method, split: Split, chos
     rebuilt = (maker.reconstruct(batch).cpu() * 255).round().to(torch.uint8)
     gallery.rebuilt[name] = tuple(Rebuilt(_uri(m), _uri(r)) for m, r in zip(masked, rebuilt, strict=True))
     if hasattr(maker, "caption"):
-        gallery.captions[name] = tuple(maker.caption(batch["image"]))
+        # From the visible patches, as in training, and from the start token alone: the corpus sets the first word.
+        gallery.captions[name] = tuple(maker.caption(batch["image"], keep=batch["keep"], prefix=""))
 
 
 def _batch(method: Method, split: Split, chosen: Sequence[int]) -> Batch | None:

@@ -24,7 +24,8 @@ def reconstructions(gallery: Gallery) -> str:
             rows.append(_text_row(f"{name} says", gallery.captions[name]))
     words = (
         f"Test images of {escape(gallery.task)} at even distances, not chosen by hand. Grey patches are hidden from "
-        "the method. Where a patch is predicted without its mean and contrast, these two come from the image."
+        "the method, and captions are written from the visible patches alone. Where a patch is predicted without its "
+        "mean and contrast, these two come from the image."
     )
     table = f'<table class="pictures"><tbody>{"".join(rows)}</tbody></table>'
     return f"<p>{words}</p>{wide(table, 'Reconstructions')}"

@@ -102,14 +102,25 @@ def pretrain(run: Run[Any], prepared: Prepared, directory: Path, probe: Probe | 
     if (directory / "summary.json").exists():
         return Summary(**read_json(directory / "summary.json"))
     check_batch(run.train.batch, len(prepared.source), str(prepared.directory))
+    if not run.steps:
+        raise UserError(
+            f"a run of {run.train.samples:,} samples is shorter than one batch of {run.train.batch:,}: raise "
+            "--train.samples or lower --train.batch."
+        )
     dtype = pick_precision(run.train.precision, device)
     method = build(run, Corpus(prepared.tokenizer, prepared.classes))
     if place.is_main:
         _describe(run, prepared, directory)
     initial = weights_hash(method.encoder)
     training = _assemble(run, method.to(device), device, dtype, directory)
+    training.state.data = prepared.hash()
     saved = checkpoint.load_latest(directory / "checkpoints", console.print)
     if saved is not None:
+        if saved["state"]["data"] != training.state.data:
+            raise UserError(
+                f"the data in '{prepared.directory}' are not those that the run in '{directory}' began with, so it "
+                "cannot go on: put them back, or choose another --out."
+            )
         training.restore(saved)
     last = _train(training, prepared, directory, probe, place)
     state = training.state
@@ -129,7 +140,7 @@ def pretrain(run: Run[Any], prepared: Prepared, directory: Path, probe: Probe | 
         precision="bf16" if dtype == torch.bfloat16 else "fp32",
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         peak_memory_gb=peak_memory(device),
-        data=prepared.hash(),
+        data=state.data,
         final_loss=last,
     )
     if place.is_main:

@@ -16,6 +16,8 @@ from altsight.core.types import Batch
 class State:
     """All that a checkpoint holds besides tensors."""
 
+    data: str = ""
+    """Hash of the data set that the run began with."""
     samples_seen: int = 0
     step: int = 0
     sample_hash: int = 0

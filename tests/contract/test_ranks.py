@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from altsight.core.config import read_json
 from altsight.methods import METHODS
+from altsight.train.log import read_log
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,3 +73,21 @@ def test_a_wrong_gather_is_noticed(worlds: dict[int, dict[Any, Any]]) -> None:
     wrong = {**want, "encoder.backbone.patch_embed.proj.weight": want["encoder.backbone.patch_embed.proj.weight"] / 2}
     with pytest.raises(AssertionError):
         assert_same_gradients(wrong, want)
+
+
+def test_the_command_under_torchrun_sees_the_samples_of_one_process(sample_path: Path, tmp_path: Path) -> None:
+    """`torchrun -m altsight pretrain` on two ranks: same samples, same losses, one set of files."""
+    small = ["--encoder.img-size", "32", "--encoder.depth", "1", "--train.batch", "32", "--train.samples", "128"]
+    small += ["--train.precision", "fp32", "--train.log-every", "1", "--data.path", str(sample_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for out, launcher in ((tmp_path / "one", []), (tmp_path / "two", torchrun)):
+        command = [sys.executable, *launcher, "-m", "altsight", "pretrain", "sample_clip", "--out", str(out), *small]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (read_json(tmp_path / name / "summary.json") for name in ("one", "two"))
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    for fact in ("sample_hash", "initial_encoder", "samples_seen", "data", "flops"):
+        assert one[fact] == two[fact], fact
+    first, second = (read_log(tmp_path / name) for name in ("one", "two"))
+    assert [line["loss"] for line in second] == pytest.approx([line["loss"] for line in first], rel=1e-3)

@@ -84,6 +84,20 @@ def test_too_many_broken_images_stop_the_run(sample_data: Prepared, tmp_path: Pa
         pretrain(run, break_images(sample_data, 10), tmp_path)
 
 
+def test_a_run_shorter_than_a_batch_is_refused(sample_data: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="shorter than one batch"):
+        pretrain(tiny_run("mae", sample_data.directory, 10, batch=16), sample_data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_than_at_the_start_are_refused(sample_data: Prepared, tmp_path: Path) -> None:
+    run = tiny_run("mae", sample_data.directory, 64, batch=16)
+    pretrain(run, sample_data, tmp_path)
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(UserError, match="not those"):
+        pretrain(run, break_images(sample_data, 20), tmp_path)
+
+
 class _Exploding:
     """Makes one method's gradient infinite at chosen steps."""
 
