@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import altsight.recipes as recipes
 from altsight.core.errors import UserError
@@ -58,3 +59,13 @@ def test_override_replaces_dotted_settings() -> None:
 def test_override_refuses_what_is_wrong(settings: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         override(default_run("mae"), settings)
+
+
+def test_a_processor_without_bf16_gets_a_smaller_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    fast = demo_plan()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    slow = demo_plan()
+    assert slow.budget.samples == fast.budget.samples // 3
+    assert slow.run("clip", 0, slow.budget.samples).steps > 100
