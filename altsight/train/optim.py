@@ -28,6 +28,9 @@ def make_optimizer(method: Method, config: OptimConfig, batch: int) -> torch.opt
     accepted = inspect.signature(get_optimizer_class(config.name, bind_defaults=False)).parameters
     options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "momentum": config.betas[0]}
     options = {name: value for name, value in options.items() if name in accepted}
+    usual = accepted["betas"].default if "betas" in options else None
+    if usual is not None and len(usual) != len(config.betas):
+        del options["betas"]  # Adan and its like take three, and keep their own
     return create_optimizer_v2(groups, opt=config.name, lr=config.peak_lr(batch), **options)
 
 

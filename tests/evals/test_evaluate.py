@@ -39,13 +39,14 @@ def test_every_number_says_what_it_means(colours: Task) -> None:
         assert len(r.preprocess) == 12 and len(r.data) == 12
         if r.evaluator != "collapse":
             assert r.low is not None and r.high is not None and r.chance is not None
-            assert r.low <= r.value <= r.high and r.extra["hits"]
+            assert r.low <= r.value <= r.high
+            assert ("hits" in r.extra) == (r.metric != "mean_class")
 
 
 def test_a_view_without_a_text_tower_gets_no_number_for_text(colours: Task) -> None:
     results = evaluate(make_view(), [colours])
     of_text = [r for r in results if r.evaluator in ("zeroshot", "retrieval") or r.metric == "alignment_pairs"]
-    assert len(of_text) == 1 + 6 + 1
+    assert len(of_text) == 2 + 6 + 1
     assert all(r.value is None and r.note.startswith("not applicable") for r in of_text)
     assert all(r.value is not None for r in results if r not in of_text)
 

@@ -18,7 +18,7 @@ from altsight.train.run import build
 from tests.contract.tiny import tiny_run
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd", "lars", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd", "lars", "adafactor", "adan"])
 def test_any_timm_optimizer_takes_a_step(name: str) -> None:
     method = build(tiny_run("mae", Path(), 64), Corpus())
     optimizer = make_optimizer(method, OptimConfig(name=name, lr=0.1, lr_base_batch=0), 64)
@@ -39,7 +39,7 @@ def test_betas_and_eps_reach_the_optimizer() -> None:
 def test_unknown_optimizer() -> None:
     method = build(tiny_run("mae", Path(), 64), Corpus())
     with pytest.raises(UserError, match="Did you mean 'adamw'"):
-        make_optimizer(method, OptimConfig(name="adanw"), 64)
+        make_optimizer(method, OptimConfig(name="adamwz"), 64)
 
 
 def test_schedule_is_linear_then_cosine() -> None:
