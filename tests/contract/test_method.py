@@ -16,10 +16,14 @@ from altsight.core.types import Batch
 from altsight.data.loader import Loader
 from altsight.data.order import Order
 from altsight.data.prepare import Prepared
+from altsight.evals.load import load_view, view_of
 from altsight.methods import METHODS
 from altsight.methods.base import Corpus, Method
 from altsight.train.accumulate import Accumulator, Embed
+from altsight.train.checkpoint import load_latest
+from altsight.train.loop import pretrain
 from altsight.train.optim import make_optimizer
+from altsight.train.parallel import parallelize
 from altsight.train.run import build, default_run, load_run, save_run, weights_hash
 from tests.contract.tiny import tiny_run, with_seed
 
@@ -102,3 +106,41 @@ def test_configuration_survives_json(name: str, tmp_path: Path) -> None:
     run = default_run(name)
     save_run(run, tmp_path / "run.json")
     assert load_run(tmp_path / "run.json") == run
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_saved_run_loads_to_the_same_features(name: str, sample_data: Prepared, tmp_path: Path) -> None:
+    run = tiny_run(name, sample_data.directory, 64)
+    pretrain(run, sample_data, tmp_path)
+    state = load_latest(tmp_path / "checkpoints", pytest.fail)
+    assert state is not None
+    method = build(run, Corpus(sample_data.tokenizer, sample_data.classes))
+    fresh = view_of(method, name)
+    images = [sample_data.source.index.image(i) for i in range(8)]
+    pixels = torch.stack([fresh.preprocess(image) for image in images])
+    untrained = fresh.features(pixels)
+    method.load_state_dict(state["method"])
+    loaded = load_view(tmp_path)
+    assert torch.equal(loaded.features(pixels), fresh.features(pixels))
+    assert not torch.equal(loaded.features(pixels), untrained)
+    if fresh.is_dual:
+        words = ["a red flower", "computer"]
+        assert torch.equal(loaded.encode_text(words), fresh.encode_text(words))
+        assert torch.equal(loaded.encode_image(pixels), fresh.encode_image(pixels))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled_equals_eager(name: str, corpus: Corpus, sample_data: Prepared) -> None:
+    run = tiny_run(name, sample_data.directory, 64)
+    gradients = []
+    for compiled in (False, True):
+        method = build(run, corpus)
+        batch = first_batch(method, sample_data, run)
+        Accumulator(method, parallelize(method, compiled), seed=0)(batch)
+        gradients.append({n: p.grad for n, p in method.named_parameters() if p.grad is not None})
+    eager, fast = gradients
+    assert eager.keys() == fast.keys()
+    for n, expected in eager.items():
+        scale = expected.abs().max().clamp_min(1e-6)
+        assert ((fast[n] - expected).abs().max() / scale) < 1e-3, n
