@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -18,13 +18,12 @@ from altsight.core.config import write_json
 from altsight.core.errors import UserError
 from altsight.data.prepare import PrepareConfig, open_prepared
 from altsight.data.prepare import prepare as prepare_data
-from altsight.evals import evaluate
 from altsight.evals.load import load_view
 from altsight.recipes import demo_plan, names, recipe
 from altsight.study.plan import Plan, locate, read_plan
 from altsight.train.log import console, progress_bar
 from altsight.train.loop import Probe, Stopped
-from altsight.train.run import Run
+from altsight.train.run import Run, pick_device
 
 M = TypeVar("M")
 
@@ -130,15 +129,20 @@ def pretrain(argv: Sequence[str]) -> int:
     run = options.run
     try:
         done = train(run, open_prepared(run.data.path), options.out, _probe(run, options.probe))
+        if dist.world().is_main:
+            cost = f"{done.flops:.3g} FLOPs, {done.wall_seconds:.0f} s"
+            console.print(f"{done.samples_seen:,} samples, {cost} -> {options.out}")
     except Stopped as stopped:
-        console.print(f"altsight: {stopped}.")
-        return 1
+        return _stopped(stopped)
     finally:
         dist.stop()
-    if dist.world().is_main:
-        cost = f"{done.flops:.3g} FLOPs, {done.wall_seconds:.0f} s"
-        console.print(f"{done.samples_seen:,} samples, {cost} -> {options.out}")
     return 0
+
+
+def _stopped(stopped: Stopped) -> int:
+    if dist.world().is_main:
+        print(f"altsight: {stopped}.", file=sys.stderr)
+    return 1
 
 
 def _probe(run: Run[Any], plan: Path | None) -> Probe | None:
@@ -160,7 +164,7 @@ class Eval:
     """A study plan (TOML) whose tasks are used; the demo's tasks on the sample data otherwise."""
     evaluators: tuple[str, ...] = ()
     """Names of evaluators; all where none is given."""
-    out: Path | None = field(default=None)
+    out: Path | None = None
     """A JSON file for the results."""
 
 
@@ -169,17 +173,21 @@ def evaluate_runs(argv: Sequence[str]) -> int:
     options = tyro.cli(Eval, args=argv, prog="altsight eval")
     if not options.runs:
         raise UserError("no run to evaluate: give the --out folder of `altsight pretrain`.")
-    from altsight.study.run import open_tasks
+    from altsight.study.run import evaluate_shown, open_tasks
 
-    plan = read_plan(options.tasks) if options.tasks else demo_plan()
-    tasks = open_tasks(plan.tasks)
+    dist.start(pick_device("auto"))
+    tasks = open_tasks((read_plan(options.tasks) if options.tasks else demo_plan()).tasks)
     found = {}
-    for folder in options.runs:
-        view = load_view(folder)
-        found[str(folder)] = [asdict(r) for r in evaluate(view, tasks, options.evaluators or None)]
-    _print_results(found)
-    if options.out is not None:
-        write_json(options.out, found)
+    try:
+        for folder in options.runs:
+            results = evaluate_shown(load_view(folder), tasks, options.evaluators or None)
+            found[str(folder)] = [asdict(r) for r in results]
+        if dist.world().is_main:
+            _print_results(found)
+            if options.out is not None:
+                write_json(options.out, found)
+    finally:
+        dist.stop()
     return 0
 
 
@@ -219,8 +227,7 @@ def _study(plan: Plan, out: Path) -> int:
     try:
         run_study(plan, out)
     except Stopped as stopped:
-        print(f"altsight: {stopped}.", file=sys.stderr)
-        return 1
+        return _stopped(stopped)
     finally:
         dist.stop()
     return 0

@@ -12,7 +12,7 @@ from altsight.evals.base import Preprocess, View
 from altsight.methods.base import Corpus, Method
 from altsight.train.checkpoint import load_latest
 from altsight.train.log import console
-from altsight.train.run import Run, build, load_run
+from altsight.train.run import Run, build, load_run, pick_device
 
 
 def view_of(method: Method, name: str, crop_ratio: float = 1.0) -> View:
@@ -49,7 +49,7 @@ def load_method(directory: Path) -> tuple[Run[Any], Method]:
     return run, method.eval()
 
 
-def load_view(directory: Path, crop_ratio: float = 1.0) -> View:
-    """Return the View of the run in `directory`; see `load_method` for the errors."""
+def load_view(directory: Path, crop_ratio: float = 1.0, device: str = "auto") -> View:
+    """Return the View of the run in `directory`, on the GPU where there is one; see `load_method` for the errors."""
     run, method = load_method(directory)
-    return view_of(method, run.name, crop_ratio)
+    return view_of(method.to(pick_device(device)), run.name, crop_ratio)

@@ -258,17 +258,25 @@ def _probe(view: View, task: Task) -> dict[str, float]:
     return {f"probe/{r.task}/{r.metric}": r.value for r in results if r.value is not None}
 
 
+def evaluate_shown(view: View, tasks: Sequence[Task], names: Sequence[str] | None = None) -> list[Result]:
+    """Return what `altsight.evals.evaluate` does, under a progress bar."""
+    total = len(tasks) * len(EVALUATORS if names is None else names)
+    with progress_bar() as bar:
+        task = bar.add_task("evaluation", total=total, note="")
+        steps = count()
+        results = evaluate(
+            view, tasks, names=names, progress=lambda step: bar.update(task, completed=next(steps), note=step)
+        )
+        bar.update(task, completed=total, note="")
+    return results
+
+
 def _evaluated(view: Callable[[], View], tasks: Sequence[Task], folder: Path) -> tuple[Result, ...]:
     """Return the results of `view` on all tasks, from `folder/results.json` where they are there already."""
     path = folder / "results.json"
     if path.exists():
         return from_dict(read_json(path), Evaluation, str(path)).results
-    with progress_bar() as bar:
-        task = bar.add_task("evaluation", total=len(tasks) * len(EVALUATORS), note="")
-        steps = count()
-        shown = view()
-        results = evaluate(shown, tasks, progress=lambda step: bar.update(task, completed=next(steps), note=step))
-        bar.update(task, completed=len(tasks) * len(EVALUATORS), note="")
+    results = evaluate_shown(view(), tasks)
     if dist.world().is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(Evaluation(tuple(results))))

@@ -210,13 +210,15 @@ def _train(
             losses = training.step(batch)
             _advance(training, batch, wait, directory, meter)
             log.advance(state.samples_seen)
-            if state.step % run.train.log_every == 0 or state.samples_seen == samples:
+            probed = probe is not None and _crossed(state, run.train.batch, run.train.probe_every)
+            if probed or state.step % run.train.log_every == 0 or state.samples_seen == samples:
                 last = _losses(losses, method)
-                log.write(_line(training, last, meter))
+                line = _line(training, last, meter)
+                if probe is not None and probed:
+                    line |= _probe(probe, method)
+                    meter.restart()
+                log.write(line)
                 log.advance(state.samples_seen, f"loss {last['loss']:.3f}")
-            if probe is not None and _crossed(state, run.train.batch, run.train.probe_every):
-                _write_probe(log, state, probe, method)
-                meter.restart()
             stop = dist.any_rank(bool(asked))
             if stop or state.samples_seen == samples or _crossed(state, run.train.batch, run.train.checkpoint_every):
                 _save(training, directory)
@@ -272,10 +274,11 @@ def _line(training: _Training, losses: dict[str, float], meter: Meter) -> dict[s
     }
 
 
-def _write_probe(log: Log, state: State, probe: Probe, method: Method) -> None:
+def _probe(probe: Probe, method: Method) -> dict[str, float]:
     method.eval()
-    log.write({"samples": state.samples_seen, "flops": state.flops, **probe(method)})
+    found = probe(method)
     method.train()
+    return found
 
 
 def _crossed(state: State, batch: int, every: int) -> bool:
