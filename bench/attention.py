@@ -1,4 +1,4 @@
-"""Training step of the demo's methods with fused and with plain attention, on this CPU: `python bench/attention.py`.
+"""Training step of the demo's methods with fused and with plain attention, on this CPU: `python -m bench.attention`.
 
 Prints images per second of processor time and the ratio, fp32 and bf16: the reason for `train.parallel.precision`.
 """

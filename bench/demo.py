@@ -1,4 +1,4 @@
-"""Wall time and peak memory of `altsight demo` in a fresh folder: `python bench/demo.py`."""
+"""Wall time and peak memory of `altsight demo` in a fresh folder: `python -m bench.demo`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples per second of the training step of every demo arm, and of the loader alone: `python bench/speed.py`.
+"""Samples per second of the training step of every demo arm, and of the loader alone: `python -m bench.speed`.
 
 All figures of one table are from one run; compare them with each other, not with another machine's.
 """

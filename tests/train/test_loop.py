@@ -98,6 +98,20 @@ def test_other_data_than_at_the_start_are_refused(sample_data: Prepared, tmp_pat
         pretrain(run, break_images(sample_data, 20), tmp_path)
 
 
+def test_a_damaged_checkpoint_costs_only_what_came_after_the_one_before(
+    sample_data: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run("mae", sample_data.directory, 16 * 8, batch=16, checkpoint_every=64)
+    first = pretrain(run, sample_data, tmp_path)
+    newest = sorted((tmp_path / "checkpoints").glob("*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (tmp_path / "summary.json").unlink()
+    second = pretrain(run, sample_data, tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is damaged; going on from the one before" in said
+    assert (second.sample_hash, second.final_loss) == (first.sample_hash, first.final_loss)
+
+
 class _Exploding:
     """Makes one method's gradient infinite at chosen steps."""
 
