@@ -69,6 +69,11 @@ class Batch:
         tensors = {name: t[start:stop] for name, t in self.tensors.items()}
         return Batch(tensors, self.positions[start:stop], self.samples[start:stop])
 
+    def pin_memory(self) -> Batch:
+        """Return the batch with its tensors in page-locked memory, from which a GPU copies without waiting."""
+        tensors = {name: t.pin_memory() for name, t in self.tensors.items()}
+        return Batch(tensors, self.positions, self.samples, self.bad)
+
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`."""
         tensors = {name: t.to(device, non_blocking=True) for name, t in self.tensors.items()}
