@@ -11,18 +11,25 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
+from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from altsight.core import dist
 from altsight.core.config import write_json
 from altsight.core.errors import UserError
+from altsight.data.check import check as check_data
+from altsight.data.check import show
 from altsight.data.prepare import PrepareConfig, open_prepared
 from altsight.data.prepare import prepare as prepare_data
 from altsight.evals.load import load_view
 from altsight.recipes import demo_plan, names, recipe
-from altsight.study.plan import Plan, locate, read_plan
+from altsight.study.plan import Plan, TaskConfig, locate, read_plan
+from altsight.study.run import evaluate_shown, online_probe, open_tasks
+from altsight.study.run import study as run_study
 from altsight.train.log import console, progress_bar
 from altsight.train.loop import Probe, Stopped
+from altsight.train.loop import pretrain as train
 from altsight.train.run import Run, pick_device
 
 M = TypeVar("M")
@@ -80,11 +87,6 @@ class Check:
 def check(argv: Sequence[str]) -> int:
     """`altsight check DIR`."""
     options = tyro.cli(Check, args=argv, prog="altsight check")
-    from rich.console import Console
-
-    from altsight.data.check import check as check_data
-    from altsight.data.check import show
-
     prepared = open_prepared(options.data)
     with progress_bar(transient=True) as bar:
         report = check_data(
@@ -124,8 +126,6 @@ def pretrain(argv: Sequence[str]) -> int:
     options = tyro.cli(kind, args=argv[1:], default=default, prog=f"altsight pretrain {argv[0]}")
     if not options.run.data.path:
         raise UserError("no data to train on: give --data.path, the folder that `altsight prepare` wrote.")
-    from altsight.train.loop import pretrain as train
-
     run = options.run
     try:
         done = train(run, open_prepared(run.data.path), options.out, _probe(run, options.probe))
@@ -148,10 +148,11 @@ def _stopped(stopped: Stopped) -> int:
 def _probe(run: Run[Any], plan: Path | None) -> Probe | None:
     if not run.train.probe_every:
         return None
-    from altsight.study.run import online_probe, open_tasks
+    return online_probe(run.train, run.name, open_tasks(_tasks(plan)[:1])[0])
 
-    tasks = (read_plan(plan) if plan else demo_plan()).tasks
-    return online_probe(run.train, run.name, open_tasks(tasks[:1])[0])
+
+def _tasks(plan: Path | None) -> tuple[TaskConfig, ...]:
+    return (read_plan(plan) if plan else demo_plan()).tasks
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,8 @@ def evaluate_runs(argv: Sequence[str]) -> int:
     options = tyro.cli(Eval, args=argv, prog="altsight eval")
     if not options.runs:
         raise UserError("no run to evaluate: give the --out folder of `altsight pretrain`.")
-    from altsight.study.run import evaluate_shown, open_tasks
-
     dist.start(pick_device("auto"))
-    tasks = open_tasks((read_plan(options.tasks) if options.tasks else demo_plan()).tasks)
+    tasks = open_tasks(_tasks(options.tasks))
     found = {}
     try:
         for folder in options.runs:
@@ -192,9 +191,6 @@ def evaluate_runs(argv: Sequence[str]) -> int:
 
 
 def _print_results(found: dict[str, list[dict[str, Any]]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table("run", "task", "evaluator", "metric", "value", "95 % interval", "chance", "note")
     for folder, results in found.items():
         for r in results:
@@ -222,8 +218,6 @@ def study(argv: Sequence[str]) -> int:
 
 
 def _study(plan: Plan, out: Path) -> int:
-    from altsight.study.run import study as run_study
-
     try:
         run_study(plan, out)
     except Stopped as stopped:
