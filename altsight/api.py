@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from altsight.data.prepare import PrepareConfig, Prepared, open_prepared
+from altsight.data.prepare import PrepareConfig
 from altsight.data.prepare import prepare as _prepare
+from altsight.data.prepared import Prepared, open_prepared
 from altsight.evals import evaluate as evaluate
 from altsight.evals.base import Task
 from altsight.evals.base import View as View

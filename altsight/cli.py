@@ -13,7 +13,8 @@ from altsight.core.errors import UserError, did_you_mean
 
 COMMANDS = {
     "demo": "the like-for-like study on the embedded sample data, with a report",
-    "prepare": "index shards of images and text: offsets, statistics, tokenizer",
+    "prepare": "index a corpus of images and text: offsets, statistics, tokenizer",
+    "mix": "draw from several prepared corpora by weight",
     "check": "report on prepared data before a run",
     "pretrain": "train one method on prepared data",
     "eval": "evaluate trained runs",

@@ -20,8 +20,12 @@ from altsight.core.config import write_json
 from altsight.core.errors import UserError
 from altsight.data.check import check as check_data
 from altsight.data.check import show
-from altsight.data.prepare import PrepareConfig, open_prepared
+from altsight.data.mix import MixConfig
+from altsight.data.mix import mix as mix_data
+from altsight.data.mixture import Mixture
+from altsight.data.prepare import PrepareConfig
 from altsight.data.prepare import prepare as prepare_data
+from altsight.data.prepared import Prepared, open_prepared
 from altsight.evals.load import load_view
 from altsight.recipes import demo_plan, names, recipe
 from altsight.study.plan import Plan, TaskConfig, locate, read_plan
@@ -51,12 +55,31 @@ def demo(argv: Sequence[str]) -> int:
 
 def prepare(argv: Sequence[str]) -> int:
     """`altsight prepare SOURCE --out DIR`."""
-    options = tyro.cli(PrepareConfig, args=argv, prog="altsight prepare", description="Index shards for training.")
-    options = replace(options, source=locate(options.source))
+    about = "Index a corpus for training: where every sample lies, statistics, a tokenizer. Nothing is copied."
+    options = tyro.cli(PrepareConfig, args=argv, prog="altsight prepare", description=about)
+    options = replace(options, source=locate(options.source), images=locate(options.images))
     with progress_bar() as bar:
         prepared = prepare_data(options, lambda what, done, total: draw(bar, what, done, total))
-    console.print(f"{len(prepared.source):,} samples in {len(prepared.source.index.shards)} shards -> {options.out}")
+    _say_prepared(prepared)
     return 0
+
+
+def mix(argv: Sequence[str]) -> int:
+    """`altsight mix DIR DIR ... --out DIR`."""
+    about = "Make one data set of several prepared ones, from which a run draws by weight."
+    options = tyro.cli(MixConfig, args=argv, prog="altsight mix", description=about)
+    with progress_bar() as bar:
+        prepared = mix_data(options, lambda what, done, total: draw(bar, what, done, total))
+    _say_prepared(prepared)
+    return 0
+
+
+def _say_prepared(prepared: Prepared) -> None:
+    counted, parts = prepared.statistics, prepared.source.parts()
+    left_out = f", {counted['left_out']:,} records without an image left out" if counted["left_out"] else ""
+    texts = f", {counted['captions']:,} texts" if counted["captions"] else ""
+    where = f"{len(parts):,} {'source' if isinstance(prepared.source, Mixture) else 'shard'}{'s' * (len(parts) > 1)}"
+    console.print(f"{len(prepared.source):,} samples in {where}{texts}{left_out} -> {prepared.directory}")
 
 
 def draw(bar: Progress, what: str, done: int, total: int) -> None:

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from altsight.core.dist import World
 from altsight.core.types import Batch
 from altsight.data.loader import Loader
-from altsight.data.order import Order
 from altsight.methods.base import Corpus, Method
 from altsight.recipes import demo_plan
 from altsight.train.accumulate import Accumulator, Embed
@@ -50,8 +49,7 @@ def main() -> None:
         for arm in demo_plan().arms:
             run = demo_plan().run(arm, 0, 64)
             method = build(run, Corpus(prepared.tokenizer, prepared.classes))
-            order = Order(len(prepared.source), 0)
-            loader = Loader(prepared.source, order, method.prepare(run.data.crop), 64)
+            loader = Loader(prepared.source, prepared.source.order(0), method.prepare(run.data.crop), 64)
             batch, _ = next(loader.batches(World(), 0, 64))
             for dtype in (torch.float32, torch.bfloat16):
                 fused = speed(method, batch, dtype, nullcontext())

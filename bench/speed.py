@@ -15,8 +15,8 @@ from rich.table import Table
 
 from altsight.core.dist import World
 from altsight.data.loader import Loader
-from altsight.data.order import Order
-from altsight.data.prepare import PrepareConfig, Prepared, open_prepared, prepare
+from altsight.data.prepare import PrepareConfig, prepare
+from altsight.data.prepared import Prepared, open_prepared
 from altsight.methods.base import Corpus
 from altsight.recipes import demo_plan
 from altsight.study.plan import locate
@@ -40,7 +40,7 @@ def loader_speed(prepared: Prepared, workers: int) -> float:
     """Return samples per second of the loader with the crops of the demo."""
     run = demo_plan().run("clip", 0, 10**9)
     method = build(run, Corpus(prepared.tokenizer, prepared.classes))
-    loader = Loader(prepared.source, Order(len(prepared.source), 0), method.prepare(run.data.crop), 64, workers)
+    loader = Loader(prepared.source, prepared.source.order(0), method.prepare(run.data.crop), 64, workers)
     batches = loader.batches(World(), 0, 64 * (WARMUP + 2 * STEPS))
     for _ in range(WARMUP):
         next(batches)

@@ -8,7 +8,8 @@ import altsight_samples
 import pytest
 import torch
 
-from altsight.data.prepare import PrepareConfig, Prepared, open_prepared, prepare
+from altsight.data.prepare import PrepareConfig, prepare
+from altsight.data.prepared import Prepared, open_prepared
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ import altsight_samples
 import pytest
 
 from altsight.cli import COMMANDS, run
-from altsight.data.prepare import Prepared
+from altsight.data.prepared import Prepared
 from altsight.train.run import save_run
 from tests.contract.tiny import tiny_run
 

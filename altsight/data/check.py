@@ -1,8 +1,7 @@
-"""`altsight check`: the report before a run, from one look at every image and every caption."""
+"""`altsight check`: the report before a run, from a look at the images and captions."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,9 +11,9 @@ import numpy as np
 from altsight.core.errors import UserError
 from altsight.data.loader import check_batch
 from altsight.data.measure import Measured, measure, text_hash
-from altsight.data.prepare import Prepared
-from altsight.data.sources import Pairs
-from altsight.data.survey import PERCENTILES, Progress, percentiles, silent
+from altsight.data.prepared import Prepared
+from altsight.data.sources import Source
+from altsight.data.survey import PERCENTILES, Progress, percentiles, silent, spread
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,8 +74,10 @@ class Report:
 
     directory: str
     samples: int
+    looked_at: int
+    """Samples that all that follows was counted on."""
     shards: dict[str, int]
-    """Samples of every shard."""
+    """Samples of every shard (of every source, in a mixture)."""
     images: ImageFacts
     captions: CaptionFacts
     classes: dict[str, int]
@@ -89,9 +90,15 @@ class Report:
 
 
 def check(
-    prepared: Prepared, batch: int, samples: int, workers: int = 0, progress: Progress = silent, context: int = 77
+    prepared: Prepared,
+    batch: int,
+    samples: int,
+    workers: int = 0,
+    progress: Progress = silent,
+    context: int = 77,
+    most: int = 0,
 ) -> Report:
-    """Look at every sample of `prepared` and say what a run will meet.
+    """Look at the samples of `prepared` and say what a run will meet.
 
     Args:
         prepared: the data set.
@@ -100,6 +107,7 @@ def check(
         workers: processes that decode; 0 decodes in this one.
         progress: called with what is being done, how much of it is done, and how much there is.
         context: tokens of the text tower, start and end included.
+        most: samples to look at, in blocks spread over the data; 0: all.
 
     Raises:
         UserError: it cannot be trained on: no sample has an image that can be decoded (and a caption, where the data
@@ -109,15 +117,17 @@ def check(
     check_batch(batch, size, str(prepared.directory))
     if samples < batch:
         raise UserError(f"a run of {samples:,} samples is shorter than one batch of {batch:,}: use more samples.")
-    measured = measure(source, prepared.tokenizer, workers, progress)
-    _require_usable(measured, prepared)
-    images, captions = _image_facts(measured), _caption_facts(measured, source, context)
+    looked_at = spread(size, most or size).tolist()
+    measured = measure(source, looked_at, prepared.tokenizer, workers, progress)
+    _require_usable(measured, prepared, len(looked_at))
+    images, captions = _image_facts(measured), _caption_facts(measured, source, len(looked_at), context)
     counts = np.bincount(measured.images["label"][measured.images["label"] >= 0], minlength=len(source.classes))
     steps = samples // batch
     return Report(
         directory=str(prepared.directory),
         samples=size,
-        shards=_shards(source),
+        looked_at=len(looked_at),
+        shards=source.parts(),
         images=images,
         captions=captions,
         classes=dict(zip(source.classes, counts.tolist(), strict=True)),
@@ -125,29 +135,20 @@ def check(
         samples_seen=steps * batch,
         steps=steps,
         passes=steps * batch / size,
-        warnings=_warnings(images, captions, size),
+        warnings=_warnings(images, captions, len(measured.images), len(looked_at)),
     )
 
 
-def _require_usable(measured: Measured, prepared: Prepared) -> None:
-    usable = measured.images["height"] > 0
+def _require_usable(measured: Measured, prepared: Prepared, looked_at: int) -> None:
+    usable = set(measured.images["sample"][measured.images["height"] > 0].tolist())
     if prepared.tokenizer:
-        captioned = np.zeros(len(usable), dtype=bool)
-        captioned[measured.captions["sample"]] = True
-        usable &= captioned
-    if not usable.any():
+        usable &= set(measured.captions["sample"].tolist())
+    if not usable:
         fault = f"broken image: {measured.broken[0]}" if measured.broken else "no caption"
         raise UserError(
-            f"none of the {len(usable):,} samples of '{prepared.directory}' can be trained on ({fault}): download the "
+            f"none of the {looked_at:,} samples of '{prepared.directory}' can be trained on ({fault}): download the "
             "data again, or prepare other data."
         )
-
-
-def _shards(source: Pairs) -> dict[str, int]:
-    shards = source.index.shards
-    home = os.path.commonpath([shard.parent for shard in shards])
-    counts = np.bincount(source.index.samples["shard"], minlength=len(shards)).tolist()
-    return {os.path.relpath(shard, home): count for shard, count in zip(shards, counts, strict=True)}
 
 
 def _image_facts(measured: Measured) -> ImageFacts:
@@ -167,14 +168,14 @@ def _image_facts(measured: Measured) -> ImageFacts:
     )
 
 
-def _caption_facts(measured: Measured, source: Pairs, context: int) -> CaptionFacts:
+def _caption_facts(measured: Measured, source: Source, looked_at: int, context: int) -> CaptionFacts:
     captions = measured.captions
     total = max(1, len(captions))
     hashes, first, counts = np.unique(captions["content"], return_index=True, return_counts=True)
     ranked = [k for k in np.argsort(-counts, kind="stable")[:SHOWN] if counts[k] > 1]
     return CaptionFacts(
         count=len(captions),
-        missing=len(source) - len(np.unique(captions["sample"])),
+        missing=looked_at - len(np.unique(captions["sample"])),
         characters=percentiles(captions["characters"]),
         tokens=percentiles(captions["tokens"]),
         context=context,
@@ -185,15 +186,15 @@ def _caption_facts(measured: Measured, source: Pairs, context: int) -> CaptionFa
     )
 
 
-def _words(source: Pairs, sample: np.int64, content: np.uint64) -> str:
+def _words(source: Source, sample: np.int64, content: np.uint64) -> str:
     """Return the caption of `sample` whose hash is `content`, read again."""
-    return next(text for text in source.all_captions(int(sample)) if text_hash(text) == content)
+    return next(text for text in source.texts(int(sample)) if text_hash(text) == content)
 
 
-def _warnings(images: ImageFacts, captions: CaptionFacts, size: int) -> tuple[str, ...]:
-    """Say in plain words what about the data is likely to hurt a run."""
-    facts = [(images.broken / size, 0.01, "of the images are broken; other samples take their place")]
-    usable = size - images.broken
+def _warnings(images: ImageFacts, captions: CaptionFacts, count: int, looked_at: int) -> tuple[str, ...]:
+    """Say in plain words what about the data is likely to hurt a run; `count` images of `looked_at` samples."""
+    facts = [(images.broken / count, 0.01, "of the images are broken; other samples take their place")]
+    usable = count - images.broken
     facts += [
         (images.copies / usable, 0.05, "of the images are copies of another one, byte for byte"),
         (images.lookalikes / usable, 0.1, "more look like another one"),
@@ -202,7 +203,7 @@ def _warnings(images: ImageFacts, captions: CaptionFacts, size: int) -> tuple[st
     ]
     if captions.count:
         facts += [
-            (captions.missing / size, 0.05, "of the samples have no caption; methods that need text replace them"),
+            (captions.missing / looked_at, 0.05, "of the samples have no caption; methods that need text replace them"),
             (captions.truncated, 0.05, f"of the captions take more than {captions.context} tokens and are cut"),
             (captions.shared, 0.2, f"of the captions stand on more than {SHARED_BY} images and say little of each"),
         ]
@@ -215,6 +216,8 @@ def show(report: Report, console: Console) -> None:
 
     images, captions = report.images, report.captions
     _table(console, f"{report.samples:,} samples in {len(report.shards):,} shards", _first(report.shards))
+    if report.looked_at < report.samples:
+        console.print(f"What follows was counted on {report.looked_at:,} samples, in blocks spread over the data.\n")
     faults = {"broken": images.broken, "copies of another": images.copies, "look like another": images.lookalikes}
     _table(console, "Images", faults)
     if captions.count:

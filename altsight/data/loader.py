@@ -6,21 +6,26 @@ the number of workers or ranks.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from altsight.core.dist import World
 from altsight.core.errors import UserError
 from altsight.core.rng import Key, key
 from altsight.core.types import Batch, Document, Example
 from altsight.data.decode import BrokenImage
-from altsight.data.order import Order
-from altsight.data.sources import Pairs
+from altsight.data.order import MixedOrder, Order
+from altsight.data.sources import Source
+from altsight.data.survey import THREADS
+from altsight.data.watch import DECODING, IDLE, READING, Board, Watch
 
 Prepare = Callable[[Document, Key], Example | None]
 """A method's preparation of one document; None (or `BrokenImage`) when the document is of no use to the method."""
@@ -31,11 +36,13 @@ MAX_ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class _Positions(Dataset[Batch | UserError]):
-    """Map-style data set over positions; one item is a whole batch."""
+    """Map-style data set over positions; one item is a whole batch. limit: seconds that it may take."""
 
-    source: Pairs
-    order: Order
+    source: Source
+    order: Order | MixedOrder
     prepare: Prepare
+    board: Board
+    limit: float
 
     def __getitem__(self, positions: range) -> Batch | UserError:
         # A UserError travels back as a value: raised here, DataLoader would bury it in a worker's traceback.
@@ -46,16 +53,37 @@ class _Positions(Dataset[Batch | UserError]):
 
     def _batch(self, positions: range) -> Batch:
         examples, samples, bad = [], [], []
-        first = self.order.samples(np.array(positions))
-        for position, sample in zip(positions, first.tolist(), strict=True):
-            example, sample, reasons = self._example(position, sample)
-            examples.append(example)
-            samples.append(sample)
-            bad += reasons
+        began, worker = time.monotonic(), _worker()
+        with self._reading(positions) as pending:
+            for position, sample, read in pending:
+                example, sample, reasons = self._example(position, sample, read)
+                examples.append(example)
+                samples.append(sample)
+                bad += reasons
+                if time.monotonic() - began > self.limit:
+                    raise _stalled(self.board.tell(worker, self.source.name), self.limit)
+        self.board.note(worker, IDLE)
         tensors = {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
         return Batch(tensors, torch.tensor(list(positions)), torch.tensor(samples), tuple(bad))
 
-    def _example(self, position: int, sample: int) -> tuple[Example, int, list[str]]:
+    @contextmanager
+    def _reading(self, positions: range) -> Iterator[list[tuple[int, int, Callable[[], Document]]]]:
+        """Yield (position, sample, how to get its document); many are on their way at once where reading is slow."""
+        samples = self.order.samples(np.array(positions)).tolist()
+        calls: list[tuple[int, int, Callable[[], Document]]] = [
+            (position, sample, functools.partial(self.source.document, sample, key(self.order.seed, position)))
+            for position, sample in zip(positions, samples, strict=True)
+        ]
+        if not self.source.is_remote:
+            yield calls
+            return
+        pool = ThreadPoolExecutor(THREADS)
+        try:
+            yield [(position, sample, pool.submit(call).result) for position, sample, call in calls]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _example(self, position: int, sample: int, read: Callable[[], Document]) -> tuple[Example, int, list[str]]:
         """Return the example at `position`, the sample that it came from, and why samples before it were unusable.
 
         `sample` is the one that the order names; a replacement is drawn where it is of no use.
@@ -64,17 +92,32 @@ class _Positions(Dataset[Batch | UserError]):
         bad: list[str] = []
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
-                example = self.prepare(self.source.document(sample, at), at)
+                self.board.note(_worker(), READING, sample)
+                document = read()
+                self.board.note(_worker(), DECODING, sample)
+                example = self.prepare(document, at)
                 reason = "nothing in it that this method can use"
             except BrokenImage as error:
                 example, reason = None, f"broken image: {error}"
             if example is not None:
                 return example, sample, bad
-            bad.append(f"{self.source.index.name(sample)} ({reason})")
+            bad.append(f"{self.source.name(sample)} ({reason})")
             sample = self.order.sample(position, attempt)
+            read = functools.partial(self.source.document, sample, at)
         raise UserError(
             f"{MAX_ATTEMPTS} samples in a row are unusable, the last one {bad[-1]}: run `altsight check` on the data."
         )
+
+
+def _worker() -> int:
+    info = get_worker_info()
+    return info.id if info is not None else 0
+
+
+def _stalled(doing: str, limit: float) -> UserError:
+    return UserError(
+        f"no data came for {limit:g} s, {doing}: look after the disk or the network, or raise --data.stall-limit."
+    )
 
 
 def check_batch(batch: int, size: int, where: str) -> None:
@@ -90,44 +133,70 @@ def check_batch(batch: int, size: int, where: str) -> None:
 
 @dataclass(frozen=True)
 class Loader:
-    """Batches of this rank's contiguous part of every global batch.
+    """Batches of this rank's part of every global batch: every R-th position, so that ranks read different blocks.
 
     global_batch: samples of one step over all ranks. workers: processes that decode ahead; 0 decodes in this one.
+    late: seconds after which `say` is told what a batch waits for. limit: seconds after which the run stops.
     """
 
-    source: Pairs
-    order: Order
+    source: Source
+    order: Order | MixedOrder
     prepare: Prepare
     global_batch: int
     workers: int = 0
     pin_memory: bool = False
+    late: float = 30.0
+    limit: float = 600.0
+    say: Callable[[str], None] = print
 
     def batches(self, place: World, samples_seen: int, samples: int) -> Iterator[tuple[Batch, float]]:
         """Yield (batch, seconds waited for it) from position `samples_seen` up to `samples`, in whole steps.
 
         Raises:
-            UserError: the global batch is not divisible by the world size, or the data cannot be used.
+            UserError: the global batch is not divisible by the world size, the data cannot be used, or none come.
         """
         if self.global_batch % place.size:
             raise UserError(
                 f"the batch of {self.global_batch} cannot be split over {place.size} ranks: use a multiple of it."
             )
-        mine = self.global_batch // place.size
         starts = range(samples_seen, samples - self.global_batch + 1, self.global_batch)
-        parts = [range(s + place.rank * mine, s + (place.rank + 1) * mine) for s in starts]
-        loader = DataLoader(
-            _Positions(self.source, self.order, self.prepare),
+        parts = [range(start + place.rank, start + self.global_batch, place.size) for start in starts]
+        board = Board.of(self.workers)
+        watch = Watch(board, self.source.name, self.late, self.say)
+        batches = iter(self._loader(parts, board))
+        for number, part in enumerate(parts):
+            worker = number % max(1, self.workers)
+            before = time.perf_counter()
+            with watch.over(part.start, worker):
+                batch = self._next(batches, board, worker)
+            yield batch, time.perf_counter() - before
+
+    def _loader(self, parts: list[range], board: Board) -> DataLoader[Batch | UserError]:
+        limit = float("inf") if self.workers else self.limit
+        return DataLoader(
+            _Positions(self.source, self.order, self.prepare, board, limit),
             batch_size=None,
             sampler=parts,
             num_workers=self.workers,
             pin_memory=self.pin_memory,
             prefetch_factor=4 if self.workers else None,
+            timeout=self.limit if self.workers else 0,
             # Without a generator of its own, DataLoader would draw from torch's global one.
             generator=torch.Generator(),
         )
-        before = time.perf_counter()
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch, time.perf_counter() - before
-            before = time.perf_counter()
+
+    def _next(self, batches: Iterator[Batch | UserError], board: Board, worker: int) -> Batch:
+        try:
+            batch = next(batches)
+        except RuntimeError as error:
+            if "timed out" in str(error):
+                raise _stalled(board.tell(worker, self.source.name), self.limit) from None
+            if "exited unexpectedly" in str(error) or "is killed by signal" in str(error):
+                raise UserError(
+                    f"a process that decodes images died ({str(error).splitlines()[0]}), "
+                    f"{board.tell(worker, self.source.name)}: most often memory ran out, so lower --data.workers."
+                ) from None
+            raise
+        if isinstance(batch, UserError):
+            raise batch
+        return batch

@@ -133,7 +133,7 @@ class MixedOrder:
         while counts.sum() < CYCLE:
             counts[np.argmax(exact - counts)] += 1
         while counts.sum() > CYCLE:
-            counts[np.argmax(counts - exact)] -= 1
+            counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
         return tuple(counts.tolist())
 
     def sample(self, position: int, attempt: int = 0) -> int:

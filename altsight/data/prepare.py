@@ -1,32 +1,49 @@
-"""`altsight prepare`: a folder of shards -> index, tokenizer and statistics, which every run on the data starts from.
+"""`altsight prepare`: shards -> index, tokenizer and statistics, which every run on the data starts from.
 
-The shards stay where they are. The folder that is written appears whole or not at all.
+The shards stay where they are. The folder that is written appears whole or not at all; shards that were read before
+an interruption are not read again, nor are those that a folder already knows when more are added.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tyro.conf import Positional
 
-from altsight.core.config import read_json, write_json
+from altsight.core.config import to_dict
 from altsight.core.errors import UserError
-from altsight.data.index import SAMPLE, Index, find_shards, index_shards
-from altsight.data.sources import Captions, Pairs
-from altsight.data.survey import Progress, Survey, percentiles, silent, token_counts
+from altsight.data import files, totals
+from altsight.data.captions import Captions
+from altsight.data.documents import Sampling, read_document
+from altsight.data.folder import appears_whole, check_out, home_of, writing
+from altsight.data.images import Folder
+from altsight.data.index import Index, Rows, open_index
+from altsight.data.layout import LISTING, Layout, find_layout
+from altsight.data.parts import Parts
+from altsight.data.prepared import (
+    DATASET,
+    INDEX,
+    NAMES,
+    STORE,
+    TOKENIZER,
+    WRITTEN,
+    Contents,
+    Prepared,
+    open_prepared,
+    read_contents,
+    read_shards,
+    write_contents,
+    write_shards,
+)
+from altsight.data.scan import Reading, Scanned, first_record, scan_shard
+from altsight.data.sources import Pairs
+from altsight.data.survey import SURVEYED, Progress, Survey, percentiles, silent, spread
 from altsight.data.text import Tokenizer, load_tokenizer, train_tokenizer
-
-VERSION = 1
-INDEX, TOKENIZER, DATASET = "index.npy", "tokenizer.json", "dataset.json"
 
 
 @dataclass(frozen=True)
@@ -34,41 +51,55 @@ class PrepareConfig:
     """What `altsight prepare` reads and writes."""
 
     source: Positional[str]
-    """A tar shard, a folder of them, or a quoted glob pattern."""
+    """Shards (tar, parquet, arrow, csv, tsv, jsonl): a file, a folder, a quoted pattern ("s3://b/{0000..9999}.tar")
+    or several joined by "::"; or a folder of images."""
     out: Path
-    """The folder to write; one that was prepared before is replaced."""
+    """The folder to write; one that was prepared before is replaced, and shards that it knows are not read again."""
     captions: tuple[str, ...] = ("{txt}",)
-    """Templates over `txt` and the fields of the JSON part, for example "{title}, {tags}"."""
+    """Templates over the text and the fields of a sample: "{title}, {tags}"; "{captions[]}" makes one of each entry."""
     label: str = ""
-    """JSON field with the class of a sample."""
+    """Field with the class of a sample; in a folder with a folder for each class it is "label"."""
     tokenizer: str = ""
     """A tokenizer.json file or a Hugging Face name; empty: one is trained on the captions."""
     vocab_size: int = 8192
     """Size of the trained tokenizer."""
     images_only: bool = False
     """Leave the text aside; otherwise data without a caption are an error."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A data set ready to be trained on or evaluated with; `statistics` is empty where nothing was written."""
-
-    directory: Path
-    source: Pairs
-    tokenizer: Tokenizer | None = None
-    statistics: dict[str, Any] = field(default_factory=dict)
+    image: str = ""
+    """Column of a table that holds the image or its path; empty: the usual names are looked for."""
+    images: str = ""
+    """Where images lie that the source only names: a folder, or shards of them; empty: beside the source."""
+    as_pairs: bool = False
+    """Interleaved documents: serve one image with its sentence, for methods that learn from pairs."""
+    min_similarity: float = 0.24
+    """Interleaved documents: leave out images that agree less with their sentence."""
+    max_images: int = 6
+    """Interleaved documents: use the first so many images of each."""
+    workers: int = 0
+    """Processes that read shards; 0: one a core."""
+    skip_damaged: bool = False
+    """Leave shards out that cannot be read, instead of refusing them."""
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, sorted; a sample's label is its place among them."""
-        return self.source.classes
+    def sampling(self) -> Sampling:
+        """How documents are drawn."""
+        return Sampling(self.min_similarity, self.max_images)
 
-    def hash(self) -> str:
-        """Return 12 hex digits that name the samples, in order, and how their captions are made."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.source.index.samples).view(np.uint8).data)
-        digest.update(repr([shard.name for shard in self.source.index.shards]).encode())
-        digest.update(repr(self.source.captions.templates).encode())
-        return digest.hexdigest()[:12]
+    @property
+    def processes(self) -> int:
+        """Processes that read shards."""
+        return self.workers or os.cpu_count() or 1
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether data without a caption are an error."""
+        return bool(self.captions) and not self.images_only
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the same folder must have been prepared with to be added to."""
+        free = {"source", "out", "workers", "skip_damaged"}
+        return {name: value for name, value in to_dict(self).items() if name not in free}
 
 
 def prepare(config: PrepareConfig, progress: Progress = silent) -> Prepared:
@@ -76,149 +107,147 @@ def prepare(config: PrepareConfig, progress: Progress = silent) -> Prepared:
 
     Raises:
         UserError: the source, the captions, the label or the tokenizer cannot be used, or `out` cannot be written or
-            holds something else. Nothing is left behind then, nor when `progress` raises.
+            holds something else. Nothing is left behind then but what is known of whole shards, in a hidden folder
+            beside `out` that the next call takes up; it is removed when that is done.
     """
-    _check_out(config.out)
-    captions = Captions(() if config.images_only else config.captions)
+    check_out(config.out, DATASET, WRITTEN)
+    Captions(config.captions)
     known = load_tokenizer(config.tokenizer) if config.tokenizer and not config.images_only else None
-    with _appears_whole(config.out) as folder:
-        source = _index(config.source, captions, config.label, progress)
-        survey = Survey(source, config.source, needs_text=not config.images_only)
-        if known or config.images_only:
-            tokenizer = known
-            survey.run(progress)
-        else:
-            tokenizer = train_tokenizer(survey.captions(progress), config.vocab_size)
-        statistics = survey.statistics()
-        if tokenizer:
-            statistics["caption_tokens"] = percentiles(token_counts(source, tokenizer, progress))
-        with _writing(config.out):
-            _write(folder, replace(source, classes=survey.classes), tokenizer, statistics)
+    work = home_of(config.out) / f".{config.out.resolve().name}.parts"
+    with appears_whole(config.out) as folder:
+        layout = find_layout(config.source, folder / LISTING, config.image)
+        parts = Parts(work, _reading(config, layout), _old_rows(config))
+        scanned = parts.scan(layout.shards, config.processes, config.skip_damaged, progress)
+        try:
+            totals.require(scanned, config.source, parts.reading, config.needs_text and not layout.images_alone)
+            contents = _write(config, folder, layout, parts, scanned, progress)
+            _complete(config, folder, contents, known, _old_tokenizer(config, parts), progress)
+        except UserError:
+            parts.remove()
+            raise
+    parts.remove()
     return open_prepared(config.out)
 
 
-def read_source(source: str, captions: Sequence[str] = ("{txt}",), label: str = "") -> Prepared:
-    """Index the shards that `source` names in memory and write nothing, for data that is only evaluated with.
+def read_pairs(source: str, captions: Sequence[str] = ("{txt}",), label: str = "") -> Pairs:
+    """Index the pairs that `source` names in memory and write nothing, for data that is only evaluated with.
 
     Raises:
         UserError: the source, the captions or the label cannot be used.
     """
-    pairs = _index(source, Captions(tuple(captions)), label, silent)
-    survey = Survey(pairs, source, needs_text=False)
-    if label:
-        survey.run(silent)
-    return Prepared(Path(source), replace(pairs, classes=survey.classes))
+    reading = Reading(Captions(tuple(captions)), label)
+    layout = find_layout(source, Path(os.devnull))
+    rows: list[Rows] = []
+    scanned = [scan_shard(shard, reading, rows.append) for shard in layout.shards]
+    totals.require(scanned, source, reading, needs_text=False)
+    index = Index(tuple(found.shard for found in scanned), np.concatenate(rows))
+    return Pairs(index, reading.captions, label, totals.classes(scanned), Folder(layout.root))
 
 
-def open_prepared(directory: str | os.PathLike[str]) -> Prepared:
-    """Open what `prepare` wrote; the index is memory-mapped.
+def _reading(config: PrepareConfig, layout: Layout) -> Reading:
+    """Return what to look for: documents where the first record is one; no text in a folder of images."""
+    records = (first_record(shard) for shard in layout.shards if shard.kind in ("jsonl", "parquet", "arrow"))
+    first = next((record for record in records if record is not None), None)
+    documents = first is not None and read_document(first.fields) is not None
+    captions = Captions(() if config.images_only or layout.images_alone else config.captions)
+    return Reading(captions, config.label or ("label" if layout.labelled else ""), documents)
 
-    Raises:
-        UserError: the folder was not prepared, by another version, or its shards have moved or changed.
-    """
-    directory = Path(directory)
-    if not (directory / DATASET).is_file():
-        state = "is no prepared data set" if directory.exists() else "does not exist"
-        raise UserError(f"'{directory}' {state}: run `altsight prepare SOURCE --out {directory}` first.")
-    data = read_json(directory / DATASET)
-    again = f"run `altsight prepare` again for '{directory}'"
-    if not isinstance(data, dict) or data.get("version") != VERSION:
-        raise UserError(f"'{directory / DATASET}' was written by another version of altsight: {again}.")
-    for shard in data["shards"]:
-        _check_shard(Path(shard["path"]), shard["bytes"], again)
+
+def _old_rows(config: PrepareConfig) -> dict[str, tuple[Scanned, Rows]]:
+    """Return what a folder that was prepared with the same settings knows: path -> shard and rows."""
     try:
-        samples = np.load(directory / INDEX, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"the index '{directory / INDEX}' cannot be read ({error}): {again}.") from None
-    if samples.dtype != SAMPLE or len(samples) != data["statistics"]["samples"]:
-        raise UserError(f"the index '{directory / INDEX}' does not belong to '{DATASET}' beside it: {again}.")
-    index = Index(tuple(Path(shard["path"]) for shard in data["shards"]), samples)
-    source = Pairs(index, Captions(tuple(data["captions"])), data["label"], tuple(data["classes"]))
-    tokenizer = load_tokenizer(str(directory / TOKENIZER)) if data["tokenizer"] else None
-    return Prepared(directory, source, tokenizer, data["statistics"])
+        if read_contents(config.out).settings != config.settings:
+            return {}
+        scanned = read_shards(config.out)
+        index = open_index([found.shard for found in scanned], config.out / INDEX, "")
+    except UserError:
+        return {}
+    pieces = np.split(index.rows, index.starts[1:-1])
+    return {found.shard.path: (found, rows) for found, rows in zip(scanned, pieces, strict=True)}
 
 
-def _index(source: str, captions: Captions, label: str, progress: Progress) -> Pairs:
-    shards = find_shards(source)
-    done = itertools.count(1)
-    index = index_shards(shards, lambda shard: progress("indexing shards", next(done), len(shards)))
-    if not len(index):
-        raise UserError(
-            f"the shards of '{source}' hold no image: altsight reads tar members named KEY.jpg, KEY.png or KEY.webp."
-        )
-    return Pairs(index, captions, label)
+def _old_tokenizer(config: PrepareConfig, parts: Parts) -> Tokenizer | None:
+    """Return the tokenizer of the folder that shards are added to: encoders trained on its data still fit then."""
+    path = config.out / TOKENIZER
+    return load_tokenizer(str(path)) if parts.reused and path.exists() else None
 
 
-def _write(folder: Path, source: Pairs, tokenizer: Tokenizer | None, statistics: dict[str, Any]) -> None:
-    index = source.index
-    counts = np.bincount(index.samples["shard"], minlength=len(index.shards))
-    np.save(folder / INDEX, index.samples)
-    if tokenizer:
-        tokenizer.save(folder / TOKENIZER)
-    data = {
-        "version": VERSION,
-        "shards": [
-            {"path": str(shard), "bytes": shard.stat().st_size, "samples": int(count)}
-            for shard, count in zip(index.shards, counts, strict=True)
-        ],
-        "captions": source.captions.templates,
-        "label": source.label,
-        "classes": source.classes,
-        "tokenizer": tokenizer is not None,
-        "statistics": statistics,
+def _write(
+    config: PrepareConfig, folder: Path, layout: Layout, parts: Parts, scanned: list[Scanned], progress: Progress
+) -> Contents:
+    """Write all but the tokenizer and the statistics of the text, for which the data have to be open."""
+    reading = parts.reading
+    with writing(config.out):
+        parts.write_index(scanned, folder / INDEX)
+        write_shards(folder, [_relative(found, folder) for found in scanned])
+    root = _beside(layout.root) if reading.documents else layout.root
+    if config.images:
+        images = find_layout(config.images, folder / "unused", config.image)
+        root = images.root if images.images_alone else ""
+        if not root:
+            _write_store(config, folder / STORE, images, progress)
+    sampling = config.sampling if reading.documents else None
+    contents = Contents(
+        kind="documents" if reading.documents else "pairs",
+        digest=totals.digest(scanned, reading, sampling, config.as_pairs),
+        statistics=totals.counts(scanned),
+        settings=config.settings,
+        captions=reading.captions.templates,
+        label=reading.label,
+        classes=totals.classes(scanned),
+        root=root,
+        sampling=config.sampling,
+        as_pairs=config.as_pairs,
+    )
+    write_contents(folder, contents)
+    return contents
+
+
+def _beside(root: str) -> str:
+    """Return the folder `images` beside documents where there is one, otherwise the one that the documents lie in."""
+    folder = os.path.join(root, "images")
+    return folder if not files.is_remote(root) and os.path.isdir(folder) else root
+
+
+def _write_store(config: PrepareConfig, store: Path, images: Layout, progress: Progress) -> None:
+    """Write an index by name over the shards that hold the images."""
+    store.mkdir()
+    parts = Parts(store / "parts", Reading(Captions(()), named=True))
+    scanned = parts.scan(images.shards, config.processes, config.skip_damaged, progress)
+    with writing(config.out):
+        parts.write_index(scanned, store / INDEX)
+        parts.write_names(scanned, store / NAMES)
+        write_shards(store, scanned)
+    parts.remove()
+
+
+def _complete(
+    config: PrepareConfig,
+    folder: Path,
+    contents: Contents,
+    known: Tokenizer | None,
+    old: Tokenizer | None,
+    progress: Progress,
+) -> None:
+    """Look at the data as a run will see them; add the tokenizer and the statistics of the text."""
+    source = open_prepared(folder).source
+    totals.require_images(source)
+    survey = Survey(source, progress)
+    tokenizer = known or old
+    if tokenizer is None and contents.statistics["captions"]:
+        tokenizer = train_tokenizer(survey.texts(), config.vocab_size)
+    rows = np.load(folder / INDEX, mmap_mode="r")
+    statistics = contents.statistics | {
+        **survey.statistics(tokenizer),
+        "sample_bytes": percentiles(rows["size"][spread(len(rows), SURVEYED)]),
     }
-    write_json(folder / DATASET, data)
+    with writing(config.out):
+        if tokenizer is not None:
+            tokenizer.save(folder / TOKENIZER)
+        write_contents(folder, replace(contents, statistics=statistics, tokenizer=tokenizer is not None))
 
 
-def _check_shard(shard: Path, size: int, again: str) -> None:
-    try:
-        now = shard.stat().st_size
-    except OSError:
-        raise UserError(f"the shard '{shard}' is gone: put it back, or {again}.") from None
-    if now != size:
-        raise UserError(f"the shard '{shard}' has changed from {size:,} to {now:,} bytes: {again}.")
-
-
-def _check_out(out: Path) -> None:
-    """Refuse to replace anything but an empty folder or one that holds a prepared data set and nothing else."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"'{out}' is a file: give --out a folder that does not exist yet.")
-    held = set(os.listdir(out))
-    if held and (DATASET not in held or held - {INDEX, TOKENIZER, DATASET}):
-        raise UserError(
-            f"the folder '{out}' holds other files than a prepared data set: give --out a folder that does not exist "
-            "yet."
-        )
-
-
-@contextmanager
-def _appears_whole(out: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `out` when the body is done, and vanishes when it raises."""
-    target = out.resolve()
-    # Parents that do not exist are made last, so that a failure leaves none of them behind.
-    home = next(parent for parent in target.parents if parent.exists())
-    new, old = home / f".{target.name}.new-{os.getpid()}", home / f".{target.name}.old-{os.getpid()}"
-    try:
-        with _writing(out):
-            new.mkdir()
-        yield new
-        with _writing(out):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"'{out}' cannot be written ({error.strerror}): give --out another folder.") from None
+def _relative(found: Scanned, folder: Path) -> Scanned:
+    """Name the list of a folder of images by its file name: the prepared folder may be moved."""
+    inside = Path(found.shard.path).parent == folder
+    return replace(found, shard=replace(found.shard, path=LISTING)) if inside else found

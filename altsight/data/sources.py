@@ -2,148 +2,240 @@
 
 from __future__ import annotations
 
-import json
-import string
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from altsight.core.errors import UserError
 from altsight.core.rng import Key
 from altsight.core.types import Document, Image, Text
+from altsight.data.cache import Cache
+from altsight.data.captions import Captions, as_text, look_up
+from altsight.data.documents import Interleaved, Placed, Sampling, pair, read_document, sample
+from altsight.data.images import Images
 from altsight.data.index import Index
+from altsight.data.order import MixedOrder, Order
+from altsight.data.record import BrokenSample, Record
 
 
-@dataclass(frozen=True)
-class Captions:
-    """How the captions of a pair are made: one or more templates over `txt` and the fields of the JSON part.
+class Source(Protocol):
+    """Documents by index, 0 to len - 1."""
 
-    "{txt}" is the text part, "{title}" a field, "{captions.en}" a field of a field, "{title}, {tags}" joins fields
-    (lists are joined by commas). A template whose fields are not all there yields no caption. Training draws one of
-    the captions that a sample has, by key; retrieval counts all of them.
-
-    Raises:
-        UserError: a template is malformed or names no field.
-    """
-
-    templates: tuple[str, ...] = ("{txt}",)
-
-    def __post_init__(self) -> None:
-        for template in self.templates:
-            try:
-                pieces = [piece for piece in string.Formatter().parse(template) if piece[1] is not None]
-            except ValueError:
-                pieces = []
-            if not pieces or any(not name or spec or conversion for _, name, spec, conversion in pieces):
-                raise UserError(
-                    f"the caption template '{template}' is malformed: name one or more fields in braces, as in "
-                    "'{title}, {tags}'."
-                )
+    def __len__(self) -> int: ...
 
     @property
-    def fields(self) -> frozenset[str]:
-        """Names used by the templates."""
-        return frozenset(name for t in self.templates for _, name, _, _ in string.Formatter().parse(t) if name)
+    def is_remote(self) -> bool:
+        """True where a document may take long to read, so that many should be read at once."""
+        ...
 
-    def __call__(self, values: Mapping[str, Any]) -> list[str]:
-        """Return the distinct captions that `values` yields, in the order of the templates."""
-        captions = (_fill(template, values) for template in self.templates)
-        return list(dict.fromkeys(caption for caption in captions if caption))
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the labels in `meta`."""
+        ...
 
+    def document(self, i: int, at: Key) -> Document:
+        """Return document `i`; what there is to draw (a caption, images, their places) is drawn by `at`.
 
-def _fill(template: str, values: Mapping[str, Any]) -> str:
-    """Return `template` with its fields filled in; empty if one of them is absent."""
-    caption = ""
-    for literal, name, _, _ in string.Formatter().parse(template):
-        caption += literal
-        if name:
-            words = as_text(look_up(values, name))
-            if not words:
-                return ""
-            caption += words
-    return caption.strip()
+        Raises:
+            BrokenSample: it is of no use.
+            UserError: its shard is gone.
+        """
+        ...
 
+    def name(self, i: int) -> str:
+        """Return where document `i` lies: its shard and its place there."""
+        ...
 
-def look_up(values: Mapping[str, Any], name: str) -> Any:
-    """Return the field `name` of `values`, where dots lead into nested fields; None where it is absent."""
-    value: Any = values
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+    def order(self, seed: int) -> Order | MixedOrder:
+        """Return the order in which a run under `seed` sees the documents."""
+        ...
 
+    def texts(self, i: int) -> list[str]:
+        """Return every text that document `i` may show; a tokenizer is trained on them."""
+        ...
 
-def as_text(value: Any) -> str:
-    """Return a JSON value as one line of valid Unicode; empty for null and nested objects."""
-    if isinstance(value, list):
-        return ", ".join(filter(None, map(as_text, value)))
-    if value is None or isinstance(value, Mapping):
-        return ""
-    # JSON may escape half of a surrogate pair, which no tokenizer and no file takes.
-    text = str(value).replace("\0", "").encode("utf-8", errors="replace").decode("utf-8")
-    return " ".join(text.split())
+    def parts(self) -> dict[str, int]:
+        """Return the number of documents in every shard, by the shard's name."""
+        ...
+
+    def cached(self, cache: Cache | None) -> Source:
+        """Return the source with its remote blocks kept in `cache`."""
+        ...
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Image-text pairs in WebDataset tars, with an optional label from a JSON field."""
+    """Image-text pairs, with an optional label from a field. images: where images lie that the shards only name."""
 
     index: Index
     captions: Captions = field(default_factory=Captions)
     label: str = ""
     classes: tuple[str, ...] = ()
+    images: Images | None = None
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def is_remote(self) -> bool:
+        """True where a document may take long to read."""
+        return self.index.is_remote or (self.images is not None and self.images.is_remote)
 
     def document(self, i: int, at: Key) -> Document:
         """Return pair `i`: its image and one of its captions, drawn by `at`; meta holds `label` (int) if there is one.
 
         A sample without a caption yields the image alone.
         """
-        values = self.values(i)
-        captions = self.captions(values)
-        parts: tuple[Text | Image, ...] = (Image(self.index.image(i)),)
+        record = self.index.record(i)
+        captions = self.captions(record.fields)
+        parts: tuple[Text | Image, ...] = (Image(self._image(record)),)
         if captions:
             choice = at.child("caption").generator().integers(len(captions)) if len(captions) > 1 else 0
             parts += (Text(captions[int(choice)]),)
-        name = self.class_name(values)
-        meta = {"label": self.classes.index(name)} if name in self.classes else {}
-        return Document(parts, self.index.name(i), meta)
+        name = self.class_name(record.fields)
+        meta = {"label": self.label_ids[name]} if name in self.label_ids else {}
+        return Document(parts, self.name(i), meta)
+
+    @functools.cached_property
+    def label_ids(self) -> dict[str, int]:
+        """Class name -> its number."""
+        return {name: number for number, name in enumerate(self.classes)}
+
+    def name(self, i: int) -> str:
+        """Return where pair `i` lies."""
+        return self.index.name(i)
+
+    def order(self, seed: int) -> Order:
+        """Return the order of a run under `seed`."""
+        return Order(len(self), seed)
+
+    def parts(self) -> dict[str, int]:
+        """Return the number of pairs in every shard."""
+        return self.index.parts()
+
+    def cached(self, cache: Cache | None) -> Pairs:
+        """Return the source with its remote blocks kept in `cache`."""
+        return replace(self, index=self.index.cached(cache), images=self.images and self.images.cached(cache))
+
+    def thinned(self, most: int) -> Pairs:
+        """Return every n-th pair, with the smallest n that leaves at most `most`."""
+        return replace(self, index=self.index.thinned(most))
+
+    def image(self, i: int) -> bytes:
+        """Return the encoded image of pair `i`; BrokenSample where it cannot be read."""
+        return self._image(self.index.record(i))
 
     def all_captions(self, i: int) -> list[str]:
-        """Return every caption of pair `i`."""
-        return self.captions(self.values(i))
+        """Return every caption of pair `i`; none where it cannot be read."""
+        return self.captions(self.fields(i))
 
-    def class_name(self, values: Mapping[str, Any]) -> str:
-        """Return the class that `values` names in the label field; empty where there is none."""
-        return as_text(look_up(values, self.label)) if self.label else ""
-
-    def values(self, i: int) -> dict[str, Any]:
-        """Return the fields that captions and labels are made from: `txt` and, where needed, the JSON part."""
-        values: dict[str, Any] = {}
-        if self.label or self.captions.fields - {"txt"}:
-            values = self.fields(i)
-        if "txt" in self.captions.fields:
-            values["txt"] = self.index.text(i).decode("utf-8", errors="replace")
-        return values
+    texts = all_captions
 
     def fields(self, i: int) -> dict[str, Any]:
-        """Return the JSON part of pair `i` ({} where it has none or is broken)."""
+        """Return the fields of pair `i`, which captions and labels are made from; {} where it cannot be read."""
         try:
-            values = json.loads(self.index.json(i) or b"{}")
-        except (ValueError, RecursionError):
+            return self.index.record(i).fields
+        except BrokenSample:
             return {}
-        return values if isinstance(values, dict) else {}
+
+    def class_name(self, fields: Mapping[str, Any]) -> str:
+        """Return the class that `fields` name in the label field; empty where there is none."""
+        return as_text(look_up(fields, self.label)) if self.label else ""
+
+    def _image(self, record: Record) -> bytes:
+        return find_image(record.image, self.images)
 
 
-def require_text(captions: int, images: int, where: str, fields: Iterable[str] = ()) -> None:
-    """Raise UserError if none of the `images` samples of the data set at `where` has a caption.
+def find_image(image: bytes | str | None, images: Images | None) -> bytes:
+    """Return an image that is given by its bytes, or by its name in `images`; BrokenSample where there is none."""
+    if isinstance(image, bytes):
+        return image
+    if images is None or image is None:
+        raise BrokenSample("it has no image")
+    return images.get((image,))
 
-    `fields` are the JSON fields that its samples do have; the message names them.
+
+@dataclass(frozen=True)
+class Interleaves:
+    """Interleaved documents (MMC4, OBELICS), drawn as LCL draws them.
+
+    as_pairs: one image with its sentence instead of the whole document, for methods that learn from pairs.
     """
-    if images and not captions:
-        known = ", ".join(sorted(fields))
-        raise UserError(
-            f"none of the {images:,} images in '{where}' has a caption: give --captions templates over the fields "
-            f"that its samples have ({known or 'no JSON field found'}), for example '{{title}}', or --images-only."
-        )
+
+    index: Index
+    images: Images | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    as_pairs: bool = False
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def is_remote(self) -> bool:
+        """True where a document may take long to read."""
+        return self.index.is_remote or (self.images is not None and self.images.is_remote)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Documents have no labels."""
+        return ()
+
+    def document(self, i: int, at: Key) -> Document:
+        """Return document `i`: texts and images in reading order, or one image and its sentence.
+
+        Images that cannot be found are left out; BrokenSample where none is left.
+        """
+        document = self.interleaved(i)
+        drawn: list[str | Placed] = []
+        if self.as_pairs:
+            chosen = pair(document, self.sampling, at)
+            drawn = [] if chosen is None else [chosen[1], chosen[0]]
+        else:
+            drawn = sample(document, self.sampling, at)
+        parts = tuple(part for part in map(self._part, drawn) if part is not None)
+        if not any(isinstance(part, Image) for part in parts):
+            raise BrokenSample("no image of it is similar enough to its text, or can be found")
+        return Document(parts, self.name(i))
+
+    def interleaved(self, i: int) -> Interleaved:
+        """Return all of document `i`; BrokenSample where it cannot be read."""
+        document = read_document(self.index.record(i).fields)
+        if document is None:
+            raise BrokenSample("it is no document in the layout of MMC4 or OBELICS")
+        return document
+
+    def name(self, i: int) -> str:
+        """Return where document `i` lies."""
+        return self.index.name(i)
+
+    def order(self, seed: int) -> Order:
+        """Return the order of a run under `seed`."""
+        return Order(len(self), seed)
+
+    def texts(self, i: int) -> list[str]:
+        """Return the texts of document `i`."""
+        try:
+            return [text for text in map(as_text, self.interleaved(i).texts) if text]
+        except BrokenSample:
+            return []
+
+    def parts(self) -> dict[str, int]:
+        """Return the number of documents in every shard."""
+        return self.index.parts()
+
+    def cached(self, cache: Cache | None) -> Interleaves:
+        """Return the source with its remote blocks kept in `cache`."""
+        return replace(self, index=self.index.cached(cache), images=self.images and self.images.cached(cache))
+
+    def _part(self, part: str | Placed) -> Text | Image | None:
+        if isinstance(part, str):
+            return Text(as_text(part))
+        try:
+            return Image(part.data or self._find(part.names))
+        except BrokenSample:
+            return None
+
+    def _find(self, names: tuple[str, ...]) -> bytes:
+        if self.images is None:
+            raise BrokenSample("the documents name images, and none were given")
+        return self.images.get(names)

@@ -1,20 +1,25 @@
-"""One pass over the text of a data set: counts, lengths, classes, and the captions for the tokenizer to learn from."""
+"""A look at the text of a data set: lengths, and the captions that a tokenizer learns from."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from altsight.core.errors import UserError
-from altsight.data.sources import Pairs, require_text
+from altsight.data.order import BLOCK
+from altsight.data.sources import Source
 from altsight.data.text import Tokenizer
 
 PERCENTILES = (0, 1, 5, 50, 95, 99, 100)
+SURVEYED = 400_000
+"""Samples that are looked at, in blocks spread evenly over the data; all of them where there are no more."""
+THREADS = 16
+"""Remote samples that are read at once."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -32,75 +37,46 @@ def percentiles(values: npt.ArrayLike) -> dict[str, float]:
     return {f"p{p}": round(float(v), 3) for p, v in zip(PERCENTILES, np.percentile(numbers, PERCENTILES), strict=True)}
 
 
+def spread(size: int, most: int) -> npt.NDArray[np.int64]:
+    """Return about `most` of 0 .. size - 1, sorted, in whole blocks at equal distances; all where there are no more."""
+    if size <= most:
+        return np.arange(size)
+    starts = np.linspace(0, size - BLOCK, max(1, most // BLOCK)).astype(np.int64)
+    return np.unique((starts[:, None] + np.arange(BLOCK)).clip(0, size - 1))
+
+
 @dataclass
 class Survey:
-    """One pass over the text and the labels of all samples of `source`, whose name in messages is `where`.
+    """The texts of the samples that are looked at."""
 
-    needs_text: data without a single caption are an error.
-    """
-
-    source: Pairs
-    where: str
-    needs_text: bool
-    captioned: int = 0
+    source: Source
+    progress: Progress = silent
     characters: array[int] = field(default_factory=lambda: array("I"))
-    names: set[str] = field(default_factory=set)
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes met, sorted."""
-        return tuple(sorted(self.names))
+    def texts(self) -> Iterator[str]:
+        """Yield every text, and count its characters."""
+        for text in self._read("reading captions"):
+            self.characters.append(len(text))
+            yield text
 
-    def run(self, progress: Progress) -> None:
-        """Make the pass.
+    def statistics(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """Return the percentiles of lengths of texts; those in tokens take another pass."""
+        if not self.characters:
+            for _ in self.texts():
+                pass
+        found: dict[str, Any] = {"caption_characters": percentiles(self.characters)}
+        if tokenizer is not None:
+            found["caption_tokens"] = percentiles([tokenizer.count(text) for text in self._read("counting tokens")])
+        return found
 
-        Raises:
-            UserError: text or labels are asked for, and no sample has any.
-        """
-        for _ in self.captions(progress):
-            pass
-
-    def captions(self, progress: Progress) -> Iterator[str]:
-        """Make the pass and yield every caption on the way; raises what `run` raises, at the end."""
-        size = len(self.source)
-        for i in range(size):
-            values = self.source.values(i)
-            captions = self.source.captions(values)
-            self.captioned += bool(captions)
-            self.characters.extend(map(len, captions))
-            self.names.add(self.source.class_name(values))
-            yield from captions
-            _tick("reading captions", i + 1, size, progress)
-        self.names.discard("")
-        if self.needs_text:
-            require_text(self.captioned, size, self.where, self.source.fields(0))
-        if self.source.label and not self.names:
-            known = ", ".join(sorted(self.source.fields(0)))
-            raise UserError(
-                f"no sample of '{self.where}' has the label field '{self.source.label}': give --label a field that its "
-                f"samples have ({known or 'no JSON field found'})."
-            )
-
-    def statistics(self) -> dict[str, Any]:
-        """Return counts and percentiles of what the pass has met."""
-        return {
-            "samples": len(self.source),
-            "with_caption": self.captioned,
-            "captions": len(self.characters),
-            "caption_characters": percentiles(self.characters),
-            "image_bytes": percentiles(self.source.index.samples["image_size"]),
-        }
-
-
-def token_counts(source: Pairs, tokenizer: Tokenizer, progress: Progress) -> list[int]:
-    """Return the number of tokens of every caption, start and end included."""
-    counts = []
-    for i in range(len(source)):
-        counts += [tokenizer.count(caption) for caption in source.all_captions(i)]
-        _tick("counting tokens", i + 1, len(source), progress)
-    return counts
-
-
-def _tick(what: str, done: int, total: int, progress: Progress) -> None:
-    if done % 1000 == 0 or done == total:
-        progress(what, done, total)
+    def _read(self, what: str) -> Iterator[str]:
+        samples = spread(len(self.source), SURVEYED).tolist()
+        done = 0
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(samples), 1000):
+                part = samples[start : start + 1000]
+                read = pool.map(self.source.texts, part) if self.source.is_remote else map(self.source.texts, part)
+                for texts in read:
+                    yield from texts
+                done += len(part)
+                self.progress(what, done, len(samples))

@@ -115,7 +115,7 @@ def _pairs(view: View, task: Task, extracted: Extracted) -> Iterator[Result]:
 
 def _flipped(view: View, split: Split, extracted: Extracted, rows: list[int]) -> Tensor:
     """Return the features of the mirrored images at `rows` of `extracted`."""
-    pixels = [view.preprocess(split.source.index.image(extracted.kept[row])) for row in rows]
+    pixels = [view.preprocess(split.source.image(extracted.kept[row])) for row in rows]
     return finite(view.features(torch.stack(pixels).flip(-1)), view)
 
 

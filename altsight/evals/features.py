@@ -209,8 +209,8 @@ def _block(split: Split, preprocess: Preprocess, samples: range) -> _Block:
         return cast(_Block, split.cache[name])
 
     def read(i: int) -> tuple[int, str, Tensor] | None:
-        data = split.source.index.image(i)
         try:
+            data = split.source.image(i)
             return i, hashlib.sha256(data).hexdigest(), preprocess(data)
         except BrokenImage:
             return None

@@ -12,8 +12,7 @@ from altsight.core import dist
 from altsight.core.config import from_dict, read_json, to_dict, write_json
 from altsight.core.errors import UserError
 from altsight.data.loader import Loader
-from altsight.data.order import Order
-from altsight.data.prepare import Prepared
+from altsight.data.prepared import Prepared
 from altsight.methods.base import Corpus
 from altsight.study.plan import Plan
 from altsight.train.account import flops_per_sample
@@ -78,7 +77,7 @@ def cost(run: Run[Any], prepared: Prepared) -> float:
     """Return the training FLOPs of one sample, counted on the first samples of the run."""
     method = build(run, Corpus(prepared.tokenizer, prepared.classes))
     few = min(4, run.train.batch)
-    order = Order(len(prepared.source), run.train.seed)
+    order = prepared.source.order(run.train.seed)
     loader = Loader(prepared.source, order, method.prepare(run.data.crop), few)
     batch, _ = next(iter(loader.batches(dist.World(), 0, few)))
     device = pick_device(run.train.device)

@@ -167,7 +167,7 @@ def _held_out(split: Split, view: View, i: int) -> HeldOut:
 
 
 def _picture(split: Split, view: View, i: int) -> str:
-    return _uri(view.preprocess(split.source.index.image(i)))
+    return _uri(view.preprocess(split.source.image(i)))
 
 
 def _spread(items: Sequence[int], count: int) -> list[int]:

@@ -24,7 +24,8 @@ from altsight.core import dist
 from altsight.core.config import from_dict, read_json, to_dict, write_json
 from altsight.core.errors import UserError
 from altsight.core.rng import key
-from altsight.data.prepare import PrepareConfig, Prepared, open_prepared, prepare, read_source
+from altsight.data.prepare import PrepareConfig, prepare, read_pairs
+from altsight.data.prepared import Prepared, open_prepared
 from altsight.evals import EVALUATORS, evaluate
 from altsight.evals.base import Preprocess, Result, Split, Task, View
 from altsight.evals.load import load_method, view_of
@@ -116,7 +117,7 @@ def open_tasks(configs: Sequence[TaskConfig]) -> list[Task]:
     tasks = []
     for config in configs:
         splits = {
-            name: Split(name, read_source(locate(getattr(config, name)), config.captions, config.label).source)
+            name: Split(name, read_pairs(locate(getattr(config, name)), config.captions, config.label))
             for name in ("train", "val", "test")
         }
         tasks.append(Task(config.name, **splits, label=config.label, prompts=config.prompts))
@@ -242,7 +243,7 @@ def online_probe(train: TrainConfig, name: str, task: Task) -> Probe:
 def probe_task(task: Task) -> Task:
     """Return `task` for the online probe: part of the training split, tested on part of the validation split."""
     thin = {
-        split.name: Split(split.name, dataclasses.replace(split.source, index=split.source.index.thinned(most)))
+        split.name: Split(split.name, split.source.thinned(most))
         for split, most in ((task.train, PROBE_TRAIN), (task.val, PROBE_VAL))
     }
     return dataclasses.replace(task, train=thin["train"], val=thin["val"], test=thin["val"])

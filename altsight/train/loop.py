@@ -13,12 +13,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from altsight.core import dist
-from altsight.core.config import read_json, to_dict, write_json
+from altsight.core.config import read_json, write_json
 from altsight.core.errors import UserError
 from altsight.core.types import Batch
+from altsight.data.cache import open_cache
 from altsight.data.loader import Loader, check_batch
-from altsight.data.order import Order
-from altsight.data.prepare import Prepared
+from altsight.data.prepared import Prepared
 from altsight.methods.base import Corpus, Method, summary
 from altsight.train import checkpoint
 from altsight.train.account import flops_per_sample
@@ -27,7 +27,7 @@ from altsight.train.guard import Guard
 from altsight.train.log import Log, console
 from altsight.train.optim import make_optimizer, make_schedule
 from altsight.train.parallel import parallelize, precision
-from altsight.train.run import Run, build, load_run, pick_device, pick_precision, save_run, weights_hash
+from altsight.train.run import Run, build, identity, load_run, pick_device, pick_precision, save_run, weights_hash
 from altsight.train.signals import stop_signals
 from altsight.train.state import Meter, State, Summary, peak_memory, sequence_hash
 
@@ -152,17 +152,8 @@ def pretrain(run: Run[Any], prepared: Prepared, directory: Path, probe: Probe | 
 def _claim(directory: Path, run: Run[Any]) -> None:
     """Make sure that run.json, if it is there, describes the same run (apart from where and how fast it computes)."""
     path = directory / "run.json"
-    if path.exists() and _identity(load_run(path)) != _identity(run):
+    if path.exists() and identity(load_run(path)) != identity(run):
         raise UserError(f"'{directory}' holds another run: choose another --out, or remove it.")
-
-
-def _identity(run: Run[Any]) -> Any:
-    """Return the settings that must not change when a run goes on."""
-    free = {"workers", "micro_batch", "device", "compile", "log_every", "checkpoint_every", "keep"}
-    settings = to_dict(run)
-    for group in ("data", "train"):
-        settings[group] = {name: value for name, value in settings[group].items() if name not in free}
-    return settings
 
 
 def _describe(run: Run[Any], prepared: Prepared, directory: Path) -> None:
@@ -191,12 +182,14 @@ def _train(
     run, state, method = training.run, training.state, training.method
     schedule = make_schedule(training.optimizer, run.optim, run.steps)
     loader = Loader(
-        prepared.source,
-        Order(len(prepared.source), run.train.seed),
+        prepared.source.cached(open_cache(run.data.cache, run.data.cache_gb)),
+        prepared.source.order(run.train.seed),
         method.prepare(run.data.crop),
         run.train.batch,
         run.data.workers,
         pin_memory=training.device.type == "cuda",
+        limit=run.data.stall_limit,
+        say=console.print,
     )
     method.train()
     meter = Meter(state)
@@ -218,7 +211,7 @@ def _train(
                     line |= _probe(probe, method)
                     meter.restart()
                 log.write(line)
-                log.advance(state.samples_seen, f"loss {last['loss']:.3f}")
+                log.advance(state.samples_seen, f"loss {last['loss']:.3f}, data wait {line['wait_ms']:.1f} ms a step")
             stop = dist.any_rank(bool(asked))
             if stop or state.samples_seen == samples or _crossed(state, run.train.batch, run.train.checkpoint_every):
                 _save(training, directory)

@@ -32,6 +32,13 @@ class DataConfig:
     """Processes that decode ahead; the samples do not depend on it."""
     max_bad_fraction: float = 0.05
     """The run stops when more than this share of the samples seen had to be replaced (looked at from 1,000 on)."""
+    cache: str = ""
+    """Folder for local copies of remote blocks and of Parquet row groups, shared by all runs; empty: the user's own
+    cache folder."""
+    cache_gb: float = 16.0
+    """Size that the cache keeps to; 0: none, every remote sample is read on its own."""
+    stall_limit: float = 600.0
+    """Seconds without data after which the run stops and says what it waited for."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,26 @@ def load_run(path: Path) -> Run[Any]:
     if not isinstance(data, dict) or "name" not in data:
         raise UserError(f"'{path}' does not describe a run: it names no method.")
     return _from_dict(data, str(path))
+
+
+def identity(run: Run[Any]) -> Any:
+    """Return the settings that must not change when a run goes on."""
+    free = {
+        "cache",
+        "cache_gb",
+        "stall_limit",
+        "workers",
+        "micro_batch",
+        "device",
+        "compile",
+        "log_every",
+        "checkpoint_every",
+        "keep",
+    }
+    settings = to_dict(run)
+    for group in ("data", "train"):
+        settings[group] = {name: value for name, value in settings[group].items() if name not in free}
+    return settings
 
 
 def _from_dict(data: dict[str, Any], where: str) -> Run[Any]:

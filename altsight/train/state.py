@@ -59,7 +59,7 @@ class Meter:
 
     def __init__(self, state: State) -> None:
         self._tick = time.perf_counter()
-        self._mark = (state.samples_seen, state.wall_seconds, state.wait_seconds)
+        self._mark = (state.samples_seen, state.wall_seconds, state.wait_seconds, state.step)
 
     def restart(self) -> None:
         """Leave out the time since the last tick: a probe is not training."""
@@ -73,13 +73,15 @@ class Meter:
         self._tick = now
 
     def since_last(self, state: State) -> dict[str, float]:
-        """Return samples per second, and the share of the time spent waiting for data, since the last call."""
-        samples, wall, wait = self._mark
+        """Return samples per second, the share of the time spent waiting for data and the wait a step, since last."""
+        samples, wall, wait, step = self._mark
         seconds = max(state.wall_seconds - wall, 1e-9)
-        self._mark = (state.samples_seen, state.wall_seconds, state.wait_seconds)
+        self._mark = (state.samples_seen, state.wall_seconds, state.wait_seconds, state.step)
+        waited = state.wait_seconds - wait
         return {
             "samples_per_s": (state.samples_seen - samples) / seconds,
-            "data_wait": (state.wait_seconds - wait) / seconds,
+            "data_wait": waited / seconds,
+            "wait_ms": 1000 * waited / max(1, state.step - step),
         }
 
 

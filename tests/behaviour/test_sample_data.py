@@ -6,6 +6,7 @@ The runs are those of the demo without a GPU: its plan, its budget, its tasks; t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch
 
 from altsight import recipes
 from altsight.core.config import read_json
-from altsight.core.rng import key
-from altsight.data.index import Index
-from altsight.data.prepare import Prepared
+from altsight.core.rng import Key, key
+from altsight.core.types import Document
+from altsight.data.prepared import Prepared
+from altsight.data.sources import Pairs
 from altsight.evals import evaluate
 from altsight.evals.base import Result, View
 from altsight.evals.bootstrap import hits_of, paired_difference
@@ -133,16 +135,24 @@ def test_clip_names_what_it_sees(trained: dict[str, Found], what: tuple[str, str
 
 def shuffled(prepared: Prepared) -> Prepared:
     """Return the data with texts exchanged at random inside every shard: real captions, of other images."""
-    before = np.array(prepared.source.index.samples)
-    after = before.copy()
+    pairs = prepared.source
+    assert isinstance(pairs, Pairs)
     draw = key(0, 0, "shuffled captions").generator()
-    for shard in np.unique(before["shard"]):
-        rows = np.flatnonzero(before["shard"] == shard)
-        others = draw.permutation(rows)
-        for field in ("text_at", "text_size", "json_at", "json_size"):
-            after[field][rows] = before[field][others]
-    source = dataclasses.replace(prepared.source, index=Index(prepared.source.index.shards, after))
+    starts = pairs.index.starts
+    others = [draw.permutation(np.arange(a, b)) for a, b in itertools.pairwise(starts)]
+    source = Shuffled(pairs.index, pairs.captions, pairs.label, pairs.classes, others=tuple(np.concatenate(others)))
     return dataclasses.replace(prepared, source=source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffled(Pairs):
+    """Pairs with the captions of other pairs."""
+
+    others: tuple[int, ...] = ()
+
+    def document(self, i: int, at: Key) -> Document:
+        mine, other = super().document(i, at), super().document(int(self.others[i]), at)
+        return dataclasses.replace(mine, parts=(mine.parts[0], *other.parts[1:]))
 
 
 def test_shuffled_captions_bring_zero_shot_to_chance(

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from altsight.core import dist
+from altsight.core.types import Batch
 from altsight.data.loader import Loader
-from altsight.data.order import Order
-from altsight.data.prepare import open_prepared
+from altsight.data.prepared import open_prepared
 from altsight.methods import METHODS
 from altsight.methods.base import Corpus
 from altsight.train.accumulate import Accumulator
@@ -23,6 +23,11 @@ from altsight.train.run import build
 from tests.contract.tiny import tiny_run
 
 GLOBAL_BATCH = 16
+
+
+def _seen(batch: Batch) -> list[tuple[int, int]]:
+    """Return (position, sample) of every sample in the batch."""
+    return list(zip(batch.positions.tolist(), batch.samples.tolist(), strict=True))
 
 
 def main(data: Path, out: Path) -> None:
@@ -36,15 +41,14 @@ def main(data: Path, out: Path) -> None:
             method = build(run, Corpus(prepared.tokenizer, prepared.classes))
             if method.batch_statistics and micro:
                 continue
-            order = Order(len(prepared.source), 0)
-            loader = Loader(prepared.source, order, method.prepare(run.data.crop), GLOBAL_BATCH)
+            loader = Loader(prepared.source, prepared.source.order(0), method.prepare(run.data.crop), GLOBAL_BATCH)
             batch, _ = next(iter(loader.batches(place, GLOBAL_BATCH, 2 * GLOBAL_BATCH)))
             accumulator = Accumulator(method, parallelize(method, False), 0, micro)
             losses, _ = accumulator(batch)
             results[name, micro] = {
                 "grads": {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None},
                 "losses": {n: float(dist.sum_over_ranks(v)) for n, v in losses.items()},
-                "samples": [s for part in dist.gather_objects(batch.samples.tolist()) for s in part],
+                "samples": dict(pair for part in dist.gather_objects(_seen(batch)) for pair in part),
             }
     if place.is_main:
         torch.save(results, out)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from altsight.data.prepare import open_prepared
+from altsight.data.prepared import open_prepared
 from altsight.train.loop import pretrain
 from tests.contract.tiny import tiny_run
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import altsight_samples
 import pytest
 
-from altsight.data.prepare import Prepared, read_source
+from altsight.data.prepare import read_pairs
+from altsight.data.prepared import Prepared
 from altsight.evals import evaluate
 from altsight.evals.base import Split, Task
 from altsight.evals.load import load_view
@@ -19,9 +20,7 @@ from tests.contract.tiny import tiny_run
 
 def emoji_task() -> Task:
     """The embedded emoji, classified by group."""
-    splits = [
-        Split(name, read_source(str(altsight_samples.path("emoji", name))).source) for name in ("train", "val", "test")
-    ]
+    splits = [Split(name, read_pairs(str(altsight_samples.path("emoji", name)))) for name in ("train", "val", "test")]
     return Task("emoji", *splits, label="group")
 
 

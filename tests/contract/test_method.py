@@ -14,8 +14,7 @@ from altsight.core.dist import World
 from altsight.core.rng import key
 from altsight.core.types import Batch
 from altsight.data.loader import Loader
-from altsight.data.order import Order
-from altsight.data.prepare import Prepared
+from altsight.data.prepared import Prepared
 from altsight.evals.load import load_view, view_of
 from altsight.methods import METHODS
 from altsight.methods.base import Corpus, Method
@@ -37,7 +36,7 @@ def corpus(sample_data: Prepared) -> Corpus:
 
 def first_batch(method: Method, data: Prepared, run: Any, workers: int = 0) -> Batch:
     """Return the first global batch of a run."""
-    order = Order(len(data.source), run.train.seed)
+    order = data.source.order(run.train.seed)
     loader = Loader(data.source, order, method.prepare(run.data.crop), run.train.batch, workers)
     return next(loader.batches(World(), 0, run.train.batch))[0]
 
@@ -116,7 +115,7 @@ def test_a_saved_run_loads_to_the_same_features(name: str, sample_data: Prepared
     assert state is not None
     method = build(run, Corpus(sample_data.tokenizer, sample_data.classes))
     fresh = view_of(method, name)
-    images = [sample_data.source.index.image(i) for i in range(8)]
+    images = [sample_data.source.image(i) for i in range(8)]
     pixels = torch.stack([fresh.preprocess(image) for image in images])
     untrained = fresh.features(pixels)
     method.load_state_dict(state["method"])

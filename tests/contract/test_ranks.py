@@ -64,7 +64,7 @@ def test_accumulation_on_one_rank(worlds: dict[int, dict[Any, Any]], method: str
 @pytest.mark.parametrize("method", METHODS)
 def test_every_world_sees_the_same_samples(worlds: dict[int, dict[Any, Any]], method: str) -> None:
     assert worlds[1][method, 0]["samples"] == worlds[2][method, 0]["samples"] == worlds[4][method, 0]["samples"]
-    assert len(set(worlds[1][method, 0]["samples"])) > 1
+    assert len(set(worlds[1][method, 0]["samples"].values())) > 1
 
 
 def test_a_wrong_gather_is_noticed(worlds: dict[int, dict[Any, Any]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from altsight.data.prepare import Prepared
+from altsight.data.prepared import Prepared
 from altsight.methods import METHODS
 from altsight.train.checkpoint import load_latest
 from altsight.train.loop import Stopped, pretrain

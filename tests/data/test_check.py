@@ -15,7 +15,8 @@ from altsight.core.errors import UserError
 from altsight.data.check import Report, check, show
 from altsight.data.decode import decode
 from altsight.data.measure import difference_hash
-from altsight.data.prepare import PrepareConfig, Prepared, prepare, read_source
+from altsight.data.prepare import PrepareConfig, prepare, read_pairs
+from altsight.data.prepared import Prepared
 from tests.data.conftest import Picture, WriteShards, WriteTar
 
 
@@ -51,7 +52,7 @@ def report(prepared: Prepared) -> Report:
 def test_images(report: Report, prepared: Prepared) -> None:
     images = report.images
     assert images.broken == 1
-    assert images.broken_names[0].startswith(f"{prepared.source.index.name(3)} (no image, it begins with b'<html>")
+    assert images.broken_names[0].startswith(f"{prepared.source.name(3)} (no image, it begins with b'<html>")
     assert (images.copies, images.lookalikes) == (2, 1)
     assert images.shorter_side["p0"] == 30
     assert images.shorter_side["p50"] == 70
@@ -118,7 +119,7 @@ def test_many_shards_and_classes_are_summed_up(report: Report) -> None:
 
 
 def test_data_without_text(tmp_path: Path, write_shards: WriteShards) -> None:
-    prepared = read_source(str(write_shards(tmp_path / "data")), captions=())
+    prepared = Prepared(tmp_path, read_pairs(str(write_shards(tmp_path / "data")), captions=()))
     report = check(prepared, 2, 10)
     assert (report.captions.count, report.captions.frequent, report.images.broken) == (0, {}, 0)
     show(report, Console(file=io.StringIO()))
@@ -131,7 +132,7 @@ def test_data_that_cannot_be_trained_on(tmp_path: Path, prepared: Prepared, writ
     with pytest.raises(UserError, match="run of 3 samples is shorter than one batch of 4"):
         check(prepared, 4, 3)
     broken = write_shards(tmp_path / "data", 3, 3, {i: b"no image" for i in range(3)})
-    with pytest.raises(UserError, match=r"none of the 3 samples .* \(broken image: .*00000\.tar#512 .*\): download"):
+    with pytest.raises(UserError, match=r"none of the 3 samples .* \(broken image: .*00000\.tar#0 .*\): download"):
         check(prepare(PrepareConfig(str(broken), tmp_path / "out", vocab_size=300)), 1, 10)
 
 
@@ -142,9 +143,9 @@ def test_no_sample_has_both_an_image_and_a_caption(tmp_path: Path, picture: Pict
 
 
 def test_a_shard_that_vanishes_is_named(tmp_path: Path, write_shards: WriteShards) -> None:
-    found = read_source(str(write_shards(tmp_path / "data")))
+    found = Prepared(tmp_path, read_pairs(str(write_shards(tmp_path / "data"))))
     (tmp_path / "data" / "00001.tar").unlink()
-    with pytest.raises(UserError, match=r"00001\.tar' cannot be opened") as caught:
+    with pytest.raises(UserError, match=r"00001\.tar' cannot be read") as caught:
         check(found, 2, 10, workers=1)
     assert "\n" not in str(caught.value)
 

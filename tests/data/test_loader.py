@@ -12,10 +12,11 @@ from altsight.core.dist import World
 from altsight.core.errors import UserError
 from altsight.core.rng import Key
 from altsight.core.types import Batch, Document, Example
-from altsight.data.index import find_shards, index_shards
+from altsight.data.captions import Captions
 from altsight.data.loader import Loader, check_batch
 from altsight.data.order import Order
-from altsight.data.sources import Captions, Pairs
+from altsight.data.prepare import read_pairs
+from altsight.data.sources import Pairs
 from altsight.data.views import Crop, random_keep
 from tests.data.conftest import WriteShards
 
@@ -38,7 +39,7 @@ class CropMaskText:
 
 
 def pairs(folder: Path) -> Pairs:
-    return Pairs(index_shards(find_shards(folder)), Captions(("{txt}", "{title}")))
+    return read_pairs(str(folder), ("{txt}", "{title}"))
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,14 @@ def run(source: Pairs, world: int = 1, workers: int = 0, start: int = 0, samples
 
 
 def join(parts: list[Batch]) -> Batch:
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors}
-    positions = torch.cat([part.positions for part in parts])
-    return Batch(tensors, positions, torch.cat([p.samples for p in parts]), sum((p.bad for p in parts), ()))
+    """Put the parts of all ranks together; rank r of R has every R-th position."""
+    size = len(parts)
+    assert all(torch.equal(p.positions, p.positions[0] + size * torch.arange(len(p))) for p in parts)
+    order = torch.cat([part.positions for part in parts]).argsort()
+    tensors = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0].tensors}
+    positions = torch.cat([part.positions for part in parts])[order]
+    samples = torch.cat([part.samples for part in parts])[order]
+    return Batch(tensors, positions, samples, tuple(sorted(sum((part.bad for part in parts), ()))))
 
 
 def assert_same(a: list[Batch], b: list[Batch]) -> None:
@@ -200,7 +206,7 @@ def test_a_shard_that_vanishes_is_named(tmp_path: Path, write_shards: WriteShard
     folder = write_shards(tmp_path / "vanishing", 8, 2)
     source = pairs(folder)
     (folder / "00002.tar").unlink()
-    with pytest.raises(UserError, match=r"00002\.tar' cannot be opened"):
+    with pytest.raises(UserError, match=r"00002\.tar' cannot be read"):
         list(loader(source, workers).batches(World(), 0, 8))
 
 

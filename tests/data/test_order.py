@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from altsight.data.order import Order
+from altsight.data.order import CYCLE, LANES, MixedOrder, Order
 
 
 def one_pass(order: Order, number: int = 0) -> list[int]:
@@ -123,3 +123,86 @@ def test_nothing_of_the_size_of_the_data_set_is_held() -> None:
     tracemalloc.stop()
     assert peak < 200_000
     assert ((samples >= 0) & (samples < 10**13)).all()
+
+
+def blocks_of(samples: np.ndarray, block: int) -> set[int]:
+    return set((samples // block).tolist())
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 64])
+@pytest.mark.parametrize("start", [0, 3_000_001])
+def test_ranks_read_no_block_twice_within_a_window(ranks: int, start: int) -> None:
+    order = Order(1_000_000, 7, block=16, window=16 * 64 * 4)
+    start -= (start % order.size) % order.window  # where a window begins
+    positions = np.arange(start, start + order.window)
+    read = [blocks_of(order.samples(positions[positions % ranks == r]), 16) for r in range(ranks)]
+    assert sum(map(len, read)) == len(set().union(*read)) == order.window // 16
+
+
+def test_small_windows_have_fewer_lanes() -> None:
+    assert Order(10**6, 0).lanes == 64
+    assert Order(10**6, 0, block=7, window=7 * 6).lanes == 2
+    assert Order(10**6, 0, block=7, window=7).lanes == 1
+
+
+def test_neighbours_are_as_far_apart_as_after_a_full_shuffle_of_the_window() -> None:
+    order = Order(65_536 * 3, 1)
+    samples = order.samples(np.arange(65_536))
+    place = np.empty(order.size, np.int64)
+    place[:] = -1
+    place[samples] = np.arange(65_536)
+    both = (place[:-1] >= 0) & (place[1:] >= 0)
+    distance = np.abs(place[1:] - place[:-1])[both]
+    # Two uniform places in a window are a third of it apart on average.
+    assert 0.30 * 65_536 < distance.mean() < 0.36 * 65_536
+    # In a batch of 256 they meet with a chance of about 1 / 256.
+    met = (place[1:] // 256 == place[:-1] // 256)[both].mean()
+    assert met < 1.5 / 256
+
+
+ORDERS = (Order(1000, 3, stream=0), Order(77, 3, stream=1), Order(5, 3, stream=2))
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (0.7, 0.2, 0.1), (1000, 1, 1), (5, 3, 10_000)])
+def test_a_mixture_meets_its_weights_and_walks_every_source_in_its_own_order(weights: tuple[float, ...]) -> None:
+    mixed = MixedOrder(ORDERS, weights)
+    assert sum(mixed.counts) == CYCLE
+    assert min(mixed.counts) >= 1
+    positions = np.arange(LANES * CYCLE * 2)
+    samples = mixed.samples(positions)
+    starts = np.cumsum([0, *(order.size for order in ORDERS)])
+    source = np.searchsorted(starts, samples, side="right") - 1
+    for k, order in enumerate(ORDERS):
+        mine = samples[source == k] - starts[k]
+        assert len(mine) == 2 * LANES * mixed.counts[k]
+        # What a source gives over whole cycles is a beginning of its own order, each position once.
+        expected = order.samples(np.arange(len(mine)))
+        assert np.array_equal(np.sort(mine), np.sort(expected))
+        exact = weights[k] / sum(weights) * CYCLE
+        # Rounding moves a count by less than 1, and what the least sources are given by their number.
+        assert abs(mixed.counts[k] - exact) < 1 or (mixed.counts[k] == 1 or min(mixed.counts) == 1)
+        assert abs(mixed.counts[k] - exact) < len(ORDERS)
+
+
+def test_a_mixture_mixes_within_every_stretch() -> None:
+    mixed = MixedOrder(ORDERS, (1, 1, 2))
+    source = np.searchsorted([1000, 1077], mixed.samples(np.arange(100 * 256)), side="right").reshape(100, 256)
+    share = (source == 2).mean(1)
+    assert abs(share.mean() - 0.5) < 0.02
+    assert share.min() > 0.35 and share.max() < 0.65  # 256 fair draws: five standard deviations are 0.16
+
+
+def test_a_position_of_a_mixture_alone_gives_what_it_gives_among_others() -> None:
+    mixed = MixedOrder(ORDERS, (1, 2, 3))
+    positions = np.array([0, 1, 63, 64, 65_535, 65_536, 10**9, 10**12 + 7])
+    assert mixed.samples(positions).tolist() == [mixed.sample(int(p)) for p in positions]
+    assert mixed.samples(np.array([], dtype=np.int64)).tolist() == []
+
+
+def test_a_replacement_in_a_mixture_comes_from_the_same_source() -> None:
+    mixed = MixedOrder(ORDERS, (1, 1, 1))
+    for position in range(300):
+        first = np.searchsorted([1000, 1077], mixed.sample(position), side="right")
+        for attempt in (1, 2, 3):
+            again = mixed.sample(position, attempt)
+            assert np.searchsorted([1000, 1077], again, side="right") == first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import torch
 
 from altsight.core.errors import UserError
 from altsight.core.rng import key
-from altsight.data.prepare import PrepareConfig, Prepared, open_prepared, prepare, read_source
+from altsight.data.prepare import PrepareConfig, prepare, read_pairs
+from altsight.data.prepared import Prepared, open_prepared
+from altsight.data.sources import Pairs
 from altsight.data.survey import percentiles
 from tests.data.conftest import WriteShards, WriteTar
 
@@ -34,37 +37,39 @@ def files(folder: Path) -> list[str]:
 
 def test_what_is_written_opens_again(config: PrepareConfig, data: Path) -> None:
     prepared = prepare(config)
-    assert files(config.out) == ["dataset.json", "index.npy", "tokenizer.json"]
+    assert files(config.out) == ["dataset.json", "index.npy", "shards.jsonl", "tokenizer.json"]
     again = open_prepared(str(config.out))
     for found in (prepared, again):
         assert found.directory == config.out
         assert found.classes == ("ant", "cat", "dog")
+        assert isinstance(found.source, Pairs)
         assert found.source.all_captions(4) == ["a picture of thing 4", "title 4, red, tag4"]
         assert found.source.document(4, key(0, 0)).meta == {"label": 2}
-        assert isinstance(found.source.index.samples, np.memmap)
-        assert found.source.index.shards == tuple(sorted(data.glob("*.tar")))
+        assert isinstance(found.source.index.rows, np.memmap)
+        assert [shard.path for shard in found.source.index.shards] == sorted(map(str, data.glob("*.tar")))
     assert again.hash() == prepared.hash()
     assert prepared.tokenizer is not None
     assert again.tokenizer is not None
     assert torch.equal(prepared.tokenizer.encode("a picture", 9), again.tokenizer.encode("a picture", 9))
 
 
-def test_statistics_are_what_counting_by_hand_gives(config: PrepareConfig) -> None:
+def test_statistics_are_what_counting_by_hand_gives(config: PrepareConfig, data: Path) -> None:
     prepared = prepare(config)
     assert prepared.tokenizer is not None
-    captions = [caption for i in range(10) for caption in prepared.source.all_captions(i)]
+    captions = [caption for i in range(10) for caption in prepared.source.texts(i)]
     lengths = sorted(len(caption) for caption in captions)
     tokens = [len(prepared.tokenizer.model.encode(c, add_special_tokens=False).ids) + 2 for c in captions]
-    sizes = [len(prepared.source.index.image(i)) for i in range(10)]
     found = prepared.statistics
-    assert (found["samples"], found["with_caption"], found["captions"]) == (10, 10, 20)
+    assert (found["samples"], found["with_caption"], found["captions"], found["left_out"]) == (10, 10, 20, 0)
     assert found["caption_characters"]["p0"] == lengths[0]
     assert found["caption_characters"]["p50"] == (lengths[9] + lengths[10]) / 2
     assert found["caption_tokens"]["p100"] == max(tokens)
-    assert found["image_bytes"]["p0"] == min(sizes)
-    record = json.loads((config.out / "dataset.json").read_text())
-    assert record["statistics"] == found
-    assert [shard["samples"] for shard in record["shards"]] == [4, 4, 2]
+    with tarfile.open(data / "00000.tar") as tar:
+        sizes = [512 + -(-member.size // 512) * 512 for member in tar]  # a header, and whole blocks
+    assert found["sample_bytes"]["p0"] <= min(sum(sizes[i : i + 3]) for i in range(0, 12, 3))
+    assert found["sample_bytes"]["p100"] >= max(sum(sizes[i : i + 3]) for i in range(0, 12, 3))
+    assert json.loads((config.out / "dataset.json").read_text())["statistics"] == found
+    assert list(prepared.source.parts().items()) == [("00000.tar", 4), ("00001.tar", 4), ("00002.tar", 2)]
 
 
 def test_percentiles_of_nothing() -> None:
@@ -77,7 +82,6 @@ def test_hash_names_samples_and_captions_but_not_the_place(config: PrepareConfig
     moved = shutil.copytree(data, tmp_path / "elsewhere")
     assert len(first) == 12
     assert prepare(replace(config, source=str(moved))).hash() == first
-    assert read_source(str(moved), config.captions, "class").hash() == first
     assert prepare(replace(config, captions=("{txt}",))).hash() != first
     (moved / "00002.tar").unlink()
     assert prepare(replace(config, source=str(moved))).hash() != first
@@ -94,19 +98,19 @@ def test_a_known_tokenizer_is_taken_as_it_is(config: PrepareConfig, tmp_path: Pa
 
 def test_images_only_leaves_the_text_aside(config: PrepareConfig) -> None:
     prepared = prepare(replace(config, images_only=True))
-    assert files(config.out) == ["dataset.json", "index.npy"]
+    assert files(config.out) == ["dataset.json", "index.npy", "shards.jsonl"]
     assert prepared.tokenizer is None
     assert prepared.source.document(0, key(0, 0)).texts == ()
     assert prepared.classes == ("ant", "cat", "dog")
     assert prepared.statistics["captions"] == 0
 
 
-def test_read_source_writes_nothing(data: Path, tmp_path: Path) -> None:
+def test_read_pairs_writes_nothing(data: Path, tmp_path: Path) -> None:
     before = files(tmp_path)
-    found = read_source(str(data), ("{title}",), "class")
-    assert (len(found.source), found.tokenizer, found.classes) == (10, None, ("ant", "cat", "dog"))
-    assert found.source.all_captions(3) == ["title 3"]
-    assert read_source(str(data)).classes == ()
+    found = read_pairs(str(data), ("{title}",), "class")
+    assert (len(found), found.classes) == (10, ("ant", "cat", "dog"))
+    assert found.all_captions(3) == ["title 3"]
+    assert read_pairs(str(data)).classes == ()
     assert files(tmp_path) == before
 
 
@@ -114,8 +118,8 @@ def test_a_prepared_folder_is_replaced(config: PrepareConfig, tmp_path: Path) ->
     first = prepare(config).hash()
     second = prepare(replace(config, captions=("{title}",)))
     assert second.hash() != first
-    assert open_prepared(config.out).source.captions.templates == ("{title}",)
-    assert files(tmp_path / "out") == ["dataset.json", "index.npy", "tokenizer.json"]
+    assert open_prepared(config.out).source.texts(2) == ["title 2"]
+    assert files(tmp_path / "out") == ["dataset.json", "index.npy", "shards.jsonl", "tokenizer.json"]
     assert {p.name for p in tmp_path.iterdir()} == {"data", "out"}
 
 
@@ -146,7 +150,7 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("stage", ["indexing shards", "reading captions", "counting tokens"])
 @pytest.mark.parametrize("replaces", [False, True])
-def test_an_interruption_leaves_nothing_behind(
+def test_an_interruption_leaves_nothing_but_what_is_known_of_whole_shards(
     config: PrepareConfig, tmp_path: Path, stage: str, replaces: bool
 ) -> None:
     if replaces:
@@ -164,9 +168,16 @@ def test_an_interruption_leaves_nothing_behind(
     with pytest.raises(Stop):
         prepare(replace(nested, captions=("{title}",)), stop)
     assert seen[-1] == stage
-    assert files(tmp_path) == before
+    work = tmp_path / (".out.parts" if replaces else ".nested.parts")
+    assert [name for name in files(tmp_path) if not name.startswith(work.name)] == before
     if replaces:
         assert open_prepared(config.out).hash() == held
+    known = len(list(work.glob("*.json")))
+    assert known == (1 if stage == "indexing shards" else 3)
+    again: list[int] = []
+    prepare(replace(nested, captions=("{title}",)), lambda what, done, total: again.append(done))
+    assert again[0] == (known + 1 if known < 3 else 10)
+    assert not work.exists()
 
 
 def test_a_failure_of_the_last_step_puts_the_old_folder_back(
@@ -184,7 +195,7 @@ def test_a_failure_of_the_last_step_puts_the_old_folder_back(
     with pytest.raises(UserError, match=r"out' cannot be written \(No space left on device\)"):
         prepare(replace(config, captions=("{title}",)))
     assert open_prepared(config.out).hash() == held
-    assert {p.name for p in tmp_path.iterdir()} == {"data", "out"}
+    assert {p.name for p in tmp_path.iterdir()} == {"data", "out", ".out.parts"}
 
 
 def test_progress_counts_to_the_end(config: PrepareConfig) -> None:
@@ -205,13 +216,13 @@ def test_data_that_cannot_be_prepared(config: PrepareConfig, tmp_path: Path, wri
     half.write_bytes(images.read_bytes()[:700])
     cases = [
         (replace(config, source=str(tmp_path / "gone")), r"gone' does not exist: give"),
-        (replace(config, source=str(tmp_path / "empty")), r"empty' holds no \.tar shard: give"),
+        (replace(config, source=str(tmp_path / "empty")), r"empty' holds no shard .*: give"),
         (replace(config, source=str(half)), r"half\.tar' is truncated .*: download it again"),
         (replace(config, source=str(texts)), r"texts\.tar' hold no image: "),
         (replace(config, source=str(images)), r"none of the 2 images in .* has a caption: give --captions"),
-        (replace(config, captions=("{alt}",)), r"none of the 10 images .*\(class, tags, title\)"),
+        (replace(config, captions=("{alt}",)), r"none of the 10 images .*\(class, tags, title, txt\)"),
         (replace(config, captions=("{title",)), r"'\{title' is malformed"),
-        (replace(config, label="category"), r"label field 'category': give --label .*\(class, tags, title\)"),
+        (replace(config, label="category"), r"label field 'category': give --label .*\(class, tags, title, txt\)"),
         (replace(config, tokenizer=str(tmp_path / "empty")), r"tokenizer '.*' cannot be loaded"),
         (replace(config, vocab_size=10), r"vocabulary of 10 is too small"),
     ]

@@ -10,8 +10,9 @@ import pytest
 
 from altsight.core.errors import UserError
 from altsight.core.rng import key
-from altsight.data.index import index_shards
-from altsight.data.sources import Captions, Pairs, require_text
+from altsight.data.captions import Captions
+from altsight.data.prepare import read_pairs
+from altsight.data.sources import Pairs
 from tests.data.conftest import WriteTar
 
 
@@ -66,7 +67,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, write_tar: WriteTar) -> Pair
         "4.json": b"[" * 100_000,
     }
     path = write_tar(tmp_path_factory.mktemp("pairs") / "x.tar", members)
-    return Pairs(index_shards([path]), Captions(("{txt}", "{title}")), "class", ("cat", "dog"))
+    return Pairs(read_pairs(str(path)).index, Captions(("{txt}", "{title}")), "class", ("cat", "dog"))
 
 
 def test_documents(pairs: Pairs) -> None:
@@ -89,10 +90,3 @@ def test_one_of_the_captions_is_drawn_by_key(pairs: Pairs) -> None:
 def test_labels_that_are_numbers(pairs: Pairs) -> None:
     numbered = Pairs(pairs.index, pairs.captions, "n", ("3", "4"))
     assert [numbered.document(i, key(0, 0)).meta for i in range(3)] == [{"label": 0}, {"label": 1}, {}]
-
-
-def test_require_text() -> None:
-    require_text(1, 100, "data")
-    require_text(0, 0, "data")
-    with pytest.raises(UserError, match=r"none of the 1,200 images in 'data' has a caption: .*\(alt, title\)"):
-        require_text(0, 1200, "data", {"title": "", "alt": ""})

@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
-import torchvision.transforms.v2 as T
-from PIL import Image
+from PIL import ExifTags, Image
 from scipy import stats
+from sklearn.datasets import load_sample_image
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2.functional import center_crop as tv_center_crop
+from torchvision.transforms.v2.functional import resize, resized_crop
 
 from altsight.core.rng import key
 from altsight.data import views
 from altsight.data.decode import BrokenImage, decode
-from altsight.data.views import NORMALIZATIONS, Crop, center_crop, normalize, random_keep
+from altsight.data.views import NORMALIZATIONS, Crop, center_crop, crops, normalize, random_keep
 from tests.data.conftest import Picture
+
+# How an upright picture is laid down so that EXIF orientation n sets it upright again.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    """A photograph of 640 x 427 pixels."""
+    return Image.fromarray(load_sample_image("china.jpg"))
+
+
+def _encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def _watch_resizing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Return a list that (height, width) of all that is resized is appended to."""
+    seen: list[tuple[int, int]] = []
+    real = views.F.interpolate
+    monkeypatch.setattr(views.F, "interpolate", lambda x, *a, **k: seen.append(x.shape[2:]) or real(x, *a, **k))
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -31,13 +67,13 @@ def test_boxes_are_distributed_as_torchvisions(size: tuple[int, int], crop: Crop
     n = 1500
     height, width = size
     ours = np.array([crop.box(height, width, key(0, p)) for p in range(n)])
-    theirs_of = T.RandomResizedCrop(1, crop.scale, crop.ratio)
     torch.manual_seed(0)
-    drawn = [theirs_of.make_params([torch.empty(3, height, width)]) for _ in range(n)]
-    theirs = np.array([[d[side] for side in ("top", "left", "height", "width")] for d in drawn])
+    image, scale, ratio = torch.empty(3, height, width), list(crop.scale), list(crop.ratio)
+    theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)])
     for column in range(4):
         assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
-    assert stats.ks_2samp(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]).pvalue > 1e-3
+    for of in (np.multiply, np.divide):  # area and aspect
+        assert stats.ks_2samp(of(ours[:, 2], ours[:, 3]), of(theirs[:, 2], theirs[:, 3])).pvalue > 1e-3
     assert (ours[:, 0] + ours[:, 2]).max() <= height
     assert (ours[:, 1] + ours[:, 3]).max() <= width
 
@@ -73,40 +109,135 @@ def test_the_whole_image_half_of_the_time_flipped(picture: Picture) -> None:
     assert all(torch.equal(unflipped(data, 32, key(0, p)), image) for p in range(20))
 
 
-@pytest.mark.parametrize("crop", [Crop(), Crop((0.05, 0.1), (0.9, 4.0)), Crop((0.3, 1.0), (1.5, 2.0))])
-def test_no_crop_is_enlarged_from_a_jpeg_decoded_too_small(
-    crop: Crop, picture: Picture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [{"quality": 90}, {"quality": 90, "subsampling": 0, "progressive": True}])
+def test_a_small_box_is_what_pillow_and_torchvision_make_of_it(photo: Image.Image, options: dict[str, Any]) -> None:
+    data = _encode(photo, "JPEG", **options)
+    full = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
+    for p in range(10):
+        crop, at = Crop((0.1, 0.3), flip=False), key(0, p)
+        box = crop.box(*full.shape[1:], at)
+        assert min(box[2:]) < 2 * 160  # decoded in full: nothing is lost at all
+        expected = resized_crop(full, *box, [160, 160], InterpolationMode.BICUBIC, antialias=True)
+        assert torch.equal(crop(data, 160, at), expected)
+
+
+@pytest.mark.parametrize(("size", "reduction"), [(200, 2), (100, 4), (50, 8)])
+def test_decoding_small_changes_a_view_less_than_bilinear_for_bicubic(
+    photo: Image.Image, size: int, reduction: int
 ) -> None:
-    data = picture(3, (2000, 1800), "JPEG")
-    asked = []
+    data = _encode(photo, "JPEG", quality=90)
+    crop = Crop((0.9, 1.0), (1.4, 1.5), flip=False)
+    opened = Image.open(io.BytesIO(data))
+    errors = []
+    for p in range(10):
+        top, left, height, width = crop.box(opened.height, opened.width, key(0, p))
+        assert reduction <= min(height, width) / size < 2 * reduction
+        # The same box, moved to whole pixels of the reduced picture.
+        box = [round(edge / reduction + 1e-6) * reduction for edge in (left, top, left + width, top + height)]
+        box = [min(box[i], opened.size[i % 2]) for i in range(4)]
+        bicubic, bilinear = (
+            np.asarray(opened.resize((size, size), kind, box)).astype(float)
+            for kind in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)
+        )
+        ours = crop(data, size, key(0, p)).permute(1, 2, 0).numpy()
+        errors.append([((other - bicubic) ** 2).mean() for other in (ours, bilinear)])
+        assert np.abs(ours - bicubic).mean() < 2
+    ours_error, bilinear_error = np.mean(errors, axis=0)
+    assert ours_error < bilinear_error
+    assert ours_error < 255**2 / 10**4  # 40 dB
 
-    def remember(data: bytes, least: int) -> torch.Tensor:
-        asked.append(least)
-        return torch.zeros(3, 8, 8, dtype=torch.uint8)
 
-    monkeypatch.setattr(views, "decode", remember)
-    crop(data, 40, key(0, 0))
-    monkeypatch.undo()
-    height, width = decode(data, asked[0]).shape[1:]
-    assert height < 1800
-    assert min(min(crop.box(height, width, key(0, p))[2:]) for p in range(500)) >= 39  # rounded from 40 or more
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(401, 303), (402, 302), (407, 309)])
+def test_boxes_are_cut_where_they_were_drawn(size: tuple[int, int], orientation: int) -> None:
+    """On a ramp from edge to edge, the mean of a view tells where its centre lies, and the slope how large it is."""
+    width, height = size if orientation < 5 else size[::-1]
+    across, down = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    upright = Image.fromarray((255 * np.stack([across, down, 0 * down], -1)).round().astype(np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    lying = upright if orientation == 1 else upright.transpose(TURNS[orientation])
+    data = _encode(lying, "JPEG", quality=100, subsampling=0, exif=exif)
+    crop = Crop((0.1, 1.0), flip=False)
+    for p in range(10):
+        for pixels in (8, 60):
+            box = crop.box(height, width, key(0, p))
+            view = crop(data, pixels, key(0, p)).double() / 255
+            reduction = next(r for r in (8, 4, 2, 1) if min(box[2:]) >= r * pixels or r == 1)
+            for axis, side in ((0, height), (1, width)):
+                centre, length = box[axis] + box[axis + 2] / 2, box[axis + 2]
+                ramp = view[1 - axis].mean(1 - axis) * side
+                # An edge moves by half a pixel of the reduced picture at most; the grey levels are side / 255 apart.
+                assert abs(ramp.mean() - centre) < reduction / 2 + 0.3 * side / 255
+                assert abs((ramp[-1] - ramp[0]) * pixels / (pixels - 1) - length) < 0.03 * length + reduction
+
+
+def test_no_jpeg_is_decoded_smaller_than_its_view(picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = picture(3, (1000, 800), "JPEG")
+    seen = _watch_resizing(monkeypatch)
+    for size in (16, 33, 50, 100, 201):
+        for crop in (Crop(), Crop((0.05, 0.1), (0.9, 4.0)), Crop((0.3, 1.0), (1.5, 2.0)), Crop((0.9, 1.0))):
+            for p in range(5):
+                drawn = crop.box(800, 1000, key(0, p))[2:]
+                crop(data, size, key(0, p))
+                decoded = seen.pop()
+                assert min(decoded) >= min(size, *drawn)
+                assert min(decoded) < 2 * size + 2 or min(drawn) < 2 * size or min(drawn) >= 16 * size
+
+
+def test_a_png_is_cut_from_all_of_its_pixels(picture: Picture) -> None:
+    data, crop = picture(3, (150, 130)), Crop(flip=False)
+    for p in range(5):
+        box = crop.box(130, 150, key(0, p))
+        expected = resized_crop(decode(data), *box, [20, 20], InterpolationMode.BICUBIC, antialias=True)
+        assert torch.equal(crop(data, 20, key(0, p)), expected)
+
+
+def test_several_views_are_decoded_once(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = _encode(photo, "JPEG", quality=90)
+    at = key(0, 3)
+    wanted = [(Crop((0.25, 1.0)), 112, at.child("a")), (Crop((0.05, 0.25)), 96, at.child("b")), (Crop(), 48, at)]
+    alone = [crop(data, size, k) for crop, size, k in wanted]
+    calls = []
+    real = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: calls.append(k) or real(*a, **k))
+    views = crops(data, wanted)
+    assert len(calls) == 1
+    assert [tuple(view.shape) for view in views] == [(3, size, size) for _, size, _ in wanted]
+    assert torch.equal(views[1], alone[1])  # the most demanding
+    assert all((a.float() - b.float()).abs().mean() < 5 for a, b in zip(views, alone, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(views, crops(data, wanted), strict=True))
 
 
 def test_center_crop_keeps_the_middle_of_the_shorter_side() -> None:
     image = np.zeros((20, 40, 3), dtype=np.uint8)
     image[:, 10:30] = 200
-    data = _png(image)
+    data = _encode(Image.fromarray(image), "PNG")
     assert center_crop(data, 20).unique().tolist() == [200]
     assert center_crop(data, 10).shape == (3, 10, 10)
     inner = np.zeros((32, 32, 3), dtype=np.uint8)
     inner[8:24, 8:24] = 100
-    assert torch.equal(center_crop(_png(inner), 16, crop_ratio=0.5), torch.full((3, 16, 16), 100, dtype=torch.uint8))
+    assert torch.equal(
+        center_crop(_encode(Image.fromarray(inner), "PNG"), 16, crop_ratio=0.5),
+        torch.full((3, 16, 16), 100, dtype=torch.uint8),
+    )
 
 
-def _png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
+def test_center_crop_is_torchvisions(photo: Image.Image) -> None:
+    for size, crop_ratio in ((224, 1.0), (224, 0.875), (300, 0.9)):  # too large to decode at a smaller scale
+        for image in (photo, photo.transpose(Image.Transpose.ROTATE_90), photo.crop((0, 0, 333, 417))):
+            data = _encode(image, "JPEG", quality=90)
+            pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
+            resized = resize(pixels, [round(size / crop_ratio)], InterpolationMode.BICUBIC, antialias=True)
+            assert torch.equal(center_crop(data, size, crop_ratio), tv_center_crop(resized, [size, size]))
+
+
+def test_center_crop_of_a_reduced_jpeg_has_the_same_middle(photo: Image.Image) -> None:
+    data = _encode(photo.crop((0, 0, 501, 427)), "JPEG", quality=90)
+    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
+    resized = resize(pixels, [100], InterpolationMode.BICUBIC, antialias=True)
+    difference = center_crop(data, 100).float() - tv_center_crop(resized, [100, 100]).float()
+    assert difference.abs().mean() < 2
 
 
 def test_broken_images_are_reported_as_such() -> None:

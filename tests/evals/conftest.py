@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from altsight.data.index import index_shards
-from altsight.data.sources import Pairs
+from altsight.data.prepare import read_pairs
 from altsight.evals.base import Preprocess, Split, Task, View
 from altsight.nn.encoder import Encoder
 from altsight.nn.text import TextTower
@@ -52,7 +51,7 @@ def make_split(tmp_path: Path) -> MakeSplit:
                     info = tarfile.TarInfo(f"{i:05d}.{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-        return Split(name, Pairs(index_shards([path])))
+        return Split(name, read_pairs(str(path)))
 
     return make
 

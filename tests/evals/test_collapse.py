@@ -87,7 +87,7 @@ def test_the_flip_is_seen(make_split: MakeSplit) -> None:
     split = make_split("test", coloured(3))
     view = make_view(LeftEncoder())
     source = split.source
-    pixels = torch.stack([view.preprocess(source.index.image(i)) for i in range(9)])
+    pixels = torch.stack([view.preprocess(source.image(i)) for i in range(9)])
     expected = alignment(view.features(pixels), view.features(pixels.flip(3)))
     found = {r.metric: r.value for r in collapse(view, Task("t", split, split, split))}
     assert found["alignment_flip"] == pytest.approx(expected)

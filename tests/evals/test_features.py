@@ -13,8 +13,7 @@ from torch import Tensor
 from altsight.core.dist import World
 from altsight.core.errors import UserError
 from altsight.core.rng import key
-from altsight.data.index import index_shards
-from altsight.data.sources import Pairs
+from altsight.data.prepare import read_pairs
 from altsight.evals import features
 from altsight.evals.base import Preprocess, Split, Task, View
 from altsight.evals.features import captions_of, classes_of, extract, joint_vectors, labelled, labels_of
@@ -163,7 +162,7 @@ def test_joint_vectors_are_those_of_encode_image(make_split: MakeSplit) -> None:
     split = make_split("test", coloured(3))
     torch.manual_seed(0)
     view = make_view(dual=True, image_projection=torch.nn.Linear(3, 5))
-    pixels = torch.stack([view.preprocess(split.source.index.image(i)) for i in range(9)])
+    pixels = torch.stack([view.preprocess(split.source.image(i)) for i in range(9)])
     torch.testing.assert_close(joint_vectors(view, split), view.encode_image(pixels))
     torch.testing.assert_close(joint_vectors(view, split).norm(dim=1), torch.ones(9))
 
@@ -178,7 +177,7 @@ def test_labels_may_be_numbers(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    assert labels_of(Split("test", Pairs(index_shards([path]))), "kind") == ["7", ""]
+    assert labels_of(Split("test", read_pairs(str(path))), "kind") == ["7", ""]
 
 
 def test_what_cannot_be_evaluated_is_said_plainly(make_split: MakeSplit) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from altsight.data.sources import Captions, Pairs
+from altsight.data.captions import Captions
+from altsight.data.sources import Pairs
 from altsight.evals import retrieval as module
 from altsight.evals.base import Split, Task
 from altsight.evals.bootstrap import hits_of

@@ -9,7 +9,7 @@ import torch
 
 import altsight.recipes as recipes
 from altsight.core.errors import UserError
-from altsight.data.prepare import Prepared
+from altsight.data.prepared import Prepared
 from altsight.methods import METHODS
 from altsight.methods.base import Corpus
 from altsight.recipes import demo_plan, names, recipe, sample_tasks

@@ -17,7 +17,7 @@ from PIL import Image
 
 import altsight.study.run as study_run
 from altsight.core.errors import UserError
-from altsight.data.prepare import open_prepared
+from altsight.data.prepared import open_prepared
 from altsight.evals import evaluate
 from altsight.nn.encoder import EncoderConfig
 from altsight.study.budget import resolve

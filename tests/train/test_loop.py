@@ -8,13 +8,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import altsight_samples
 import pytest
 import torch
 
 from altsight.core.config import read_json
 from altsight.core.errors import UserError
 from altsight.data.index import Index
-from altsight.data.prepare import Prepared
+from altsight.data.prepare import PrepareConfig, prepare
+from altsight.data.prepared import Prepared
+from altsight.data.sources import Pairs
 from altsight.evals.load import load_method
 from altsight.methods.base import Method
 from altsight.train.log import read_log
@@ -27,11 +30,11 @@ def with_data(run: Any, **settings: Any) -> Any:
 
 
 def break_images(prepared: Prepared, every: int) -> Prepared:
-    """Return the data set with every n-th image pointing at its text instead: real bytes, no image."""
-    samples = prepared.source.index.samples.copy()
-    samples["image_at"][::every] = samples["text_at"][::every]
-    samples["image_size"][::every] = samples["text_size"][::every]
-    index = Index(prepared.source.index.shards, samples)
+    """Return the data set with every n-th sample changed since it was indexed."""
+    assert isinstance(prepared.source, Pairs)
+    rows = prepared.source.index.rows.copy()
+    rows["check"][::every] ^= 1
+    index = Index(prepared.source.index.shards, rows)
     return dataclasses.replace(prepared, source=dataclasses.replace(prepared.source, index=index))
 
 
@@ -95,7 +98,13 @@ def test_other_data_than_at_the_start_are_refused(sample_data: Prepared, tmp_pat
     pretrain(run, sample_data, tmp_path)
     (tmp_path / "summary.json").unlink()
     with pytest.raises(UserError, match="not those"):
-        pretrain(run, break_images(sample_data, 20), tmp_path)
+        pretrain(run, other_data(tmp_path), tmp_path)
+
+
+def other_data(folder: Path) -> Prepared:
+    """Return the same sample data prepared with other captions."""
+    source = str(altsight_samples.path("clipart", "train"))
+    return prepare(PrepareConfig(source, folder / "other", ("{tags}",), "label", vocab_size=300))
 
 
 def test_a_damaged_checkpoint_costs_only_what_came_after_the_one_before(
