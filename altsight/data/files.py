@@ -103,7 +103,8 @@ def parent(path: str) -> str:
 def suffix(path: str) -> str:
     """Return the letters after the last dot of a file's name, in lower case; of a web page's, without its query."""
     name = path.partition("?")[0] if path.startswith(("http://", "https://")) else path
-    return name.rpartition("/")[2].rpartition(".")[2].lower()
+    _, dot, letters = name.rpartition("/")[2].rpartition(".")
+    return letters.lower() if dot else ""
 
 
 def forget() -> None:
@@ -122,7 +123,7 @@ def expand(source: str, suffixes: Collection[str]) -> list[str]:
     """Return the files that `source` names: a file, a folder, a glob pattern, braces, or several joined by "::".
 
     suffixes: those wanted, without a dot. A folder yields the files in it, not those in its subfolders, sorted, and so
-    does a pattern; braces ("{0000..0099}", "{a,b}") yield theirs in the order in which a shell writes them.
+    does a pattern, hidden files left out; braces ("{0000..0099}", "{a,b}") yield theirs in the order in which a shell writes them.
 
     Raises:
         UserError: nothing is there, a file that is named is missing, has another suffix, or is named twice.
@@ -191,7 +192,7 @@ def _count(words: str) -> Iterable[str] | None:
 def _local(word: str, suffixes: Collection[str]) -> list[str]:
     word = _plain(word)
     if os.path.isdir(word):
-        found = [os.path.join(word, name) for name in os.listdir(word)]
+        found = [os.path.join(word, name) for name in os.listdir(word) if not name.startswith(".")]
     elif os.path.exists(word):
         found = [word]
     elif glob.has_magic(word):
@@ -212,7 +213,8 @@ def _remote(word: str, suffixes: Collection[str]) -> list[str]:
     entries = found.values() if isinstance(found, dict) else found
     # Filesystems name files without what stands before the bucket or the path.
     root = word.rstrip("/").removesuffix(fs._strip_protocol(word).rstrip("/"))
-    return _wanted(word, (root + entry["name"] for entry in entries if entry["type"] == "file"), suffixes)
+    names = (entry["name"] for entry in entries if entry["type"] == "file")
+    return _wanted(word, (root + name for name in names if "/." not in name), suffixes)
 
 
 def _wanted(word: str, found: Iterable[str], suffixes: Collection[str]) -> list[str]:
@@ -368,7 +370,7 @@ def _remote_stamp(path: str) -> Stamp:
     if about.get("type") == "directory":
         raise FileNotFoundError(path)
     if about.get("size") is None:
-        raise UserError(f"the server of '{path}' does not tell its size: copy the file to a disk and give that.")
+        raise UserError(f"the server of '{path}' does not tell its size: copy the file to a disk and give that one.")
     versions = (about.get(name) for name in ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "created"))
     return Stamp(int(about["size"]), str(next(filter(None, versions), "")))
 
@@ -426,7 +428,7 @@ def _call(fs: Any, verb: str, path: str, timeout: float, options: dict[str, Any]
 
 
 def _no_ranges(path: str) -> UserError:
-    return UserError(f"the server of '{path}' yields whole files only, no parts: copy them to a disk and give that.")
+    return UserError(f"the server of '{path}' yields whole files only, no parts: copy them to a disk and give those.")
 
 
 async def _http_range(fs: Any, url: str, start: int, end: int) -> bytes:
@@ -530,8 +532,8 @@ def _connect(path: str, **options: Any) -> Any:
         package = PACKAGES.get(scheme)
         hint = f"needs {package}: pip install 'altsight[remote]'" if package else f"needs a package: {error}"
         raise UserError(f"'{path}' {hint}.") from None
-    except ValueError:
-        raise UserError(f"'{path}' begins with '{scheme}://', which is not known: check the address.") from None
+    except ValueError as error:
+        raise UserError(f"'{path}' cannot be opened ({error}): check the address.") from None
     if scheme in ("s3", "s3a"):
         # Attempts are counted in `_ask` alone, and a pool of ten connections would hold THREADS back.
         fs.retries = 1

@@ -31,6 +31,7 @@ def appears_whole(out: Path) -> Iterator[Path]:
     target = out.resolve()
     home = home_of(out)
     new, old = home / f".{target.name}.new-{os.getpid()}", home / f".{target.name}.old-{os.getpid()}"
+    _remove_left_behind(home, target.name)
     try:
         with writing(out):
             new.mkdir()
@@ -45,6 +46,17 @@ def appears_whole(out: Path) -> Iterator[Path]:
             old.rename(target)
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove_left_behind(home: Path, name: str) -> None:
+    """Remove what processes were writing that have been killed."""
+    for left in home.glob(f".{name}.new-*"):
+        try:
+            os.kill(int(left.name.rpartition("-")[2]), 0)
+        except (ValueError, ProcessLookupError):
+            shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:  # somebody else's process, and alive
+            pass
 
 
 def home_of(out: Path) -> Path:

@@ -7,6 +7,7 @@ nothing in memory. What is read is compared with the checksum that was taken whe
 from __future__ import annotations
 
 import functools
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -148,7 +149,7 @@ def open_index(shards: Sequence[Shard], file: Path, again: str) -> Index:
         UserError: the file is damaged or belongs to other shards.
     """
     try:
-        rows = np.load(file, mmap_mode="r")
+        rows = _map(file)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the index '{file}' cannot be read ({error}): {again}.") from None
     index = Index(tuple(shards), rows, file)
@@ -157,10 +158,18 @@ def open_index(shards: Sequence[Shard], file: Path, again: str) -> Index:
     return index
 
 
+def _map(file: Path) -> Rows:
+    """Map an array that is looked up here and there: read only the pages that are asked for, none around them."""
+    rows: Rows = np.load(file, mmap_mode="r")
+    if isinstance(rows.base, mmap.mmap):
+        rows.base.madvise(mmap.MADV_RANDOM)
+    return rows
+
+
 def _unpickle(
     shards: tuple[Shard, ...], rows: Rows | None, file: Path | None, cache: Cache | None, every: int
 ) -> Index:
     if file is not None:
-        rows = np.load(file, mmap_mode="r")
+        rows = _map(file)
     assert rows is not None
     return Index(shards, rows, file, cache, every)

@@ -59,8 +59,26 @@ def find_layout(source: str, listing: Path, image_field: str = "") -> Layout:
     return Layout(tuple(_shard(path, kind, image_field) for path in paths), files.parent(paths[0]))
 
 
+def find_image_shards(source: str, image_field: str = "") -> tuple[Shard, ...]:
+    """Return the shards of images that `source` names; () where it is a folder of loose images.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    holding = ("tar", "parquet", "arrow")
+    if (
+        not files.is_remote(source)
+        and Path(source).is_dir()
+        and not any(_kind(n) in holding for n in os.listdir(source))
+    ):
+        return ()
+    if files.is_remote(source) and source.endswith("/"):
+        return ()
+    return find_layout(source, Path(os.devnull), image_field).shards
+
+
 def _kind(path: str) -> str | None:
-    return KINDS.get(path.rpartition(".")[2].lower())
+    return KINDS.get(files.suffix(path))
 
 
 def _shard(path: str, kind: str, image_field: str) -> Shard:
@@ -109,5 +127,5 @@ def _images_below(folder: str) -> Iterator[str]:
     for home, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         for name in sorted(names):
-            if not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+            if not name.startswith(".") and files.suffix(name) in IMAGE_SUFFIXES:
                 yield os.path.relpath(os.path.join(home, name), folder)

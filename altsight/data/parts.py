@@ -37,8 +37,6 @@ class Parts:
     folder: Path
     reading: Reading
     old: dict[str, tuple[Scanned, Rows]] = field(default_factory=dict)
-    reused: int = 0
-    """Shards that an earlier preparation knew."""
 
     def scan(self, shards: Sequence[Shard], workers: int, skip_damaged: bool, progress: Progress) -> list[Scanned]:
         """Return what is in every one of `shards`, in order; only those that nothing is known of are read.
@@ -46,8 +44,13 @@ class Parts:
         Raises:
             UserError: some shards are damaged (all of them are read first). skip_damaged leaves them out instead.
         """
+        now = {shard.path: (shard.size, shard.version) for shard in shards}
+        self.old = {
+            path: (found, rows)
+            for path, (found, rows) in self.old.items()
+            if now.get(path) == (found.shard.size, found.shard.version)
+        }
         known = {shard.path: seen for shard in shards if (seen := self._known(shard)) is not None}
-        self.reused = sum(shard.path in self.old for shard in shards)
         missing = [shard for shard in shards if shard.path not in known]
         errors: dict[str, str] = {}
         self.folder.mkdir(exist_ok=True)

@@ -22,8 +22,8 @@ from altsight.data.captions import Captions
 from altsight.data.documents import Sampling, read_document
 from altsight.data.folder import appears_whole, check_out, home_of, writing
 from altsight.data.images import Folder
-from altsight.data.index import Index, Rows, open_index
-from altsight.data.layout import LISTING, Layout, find_layout
+from altsight.data.index import Index, Rows, Shard, open_index
+from altsight.data.layout import LISTING, Layout, find_image_shards, find_layout
 from altsight.data.parts import Parts
 from altsight.data.prepared import (
     DATASET,
@@ -68,7 +68,8 @@ class PrepareConfig:
     image: str = ""
     """Column of a table that holds the image or its path; empty: the usual names are looked for."""
     images: str = ""
-    """Where images lie that the source only names: a folder, or shards of them; empty: beside the source."""
+    """Where images lie that the source only names: a folder (a remote one ends in "/"), or shards of them; empty:
+    beside the source."""
     as_pairs: bool = False
     """Interleaved documents: serve one image with its sentence, for methods that learn from pairs."""
     min_similarity: float = 0.24
@@ -169,7 +170,7 @@ def _old_rows(config: PrepareConfig) -> dict[str, tuple[Scanned, Rows]]:
 def _old_tokenizer(config: PrepareConfig, parts: Parts) -> Tokenizer | None:
     """Return the tokenizer of the folder that shards are added to: encoders trained on its data still fit then."""
     path = config.out / TOKENIZER
-    return load_tokenizer(str(path)) if parts.reused and path.exists() else None
+    return load_tokenizer(str(path)) if parts.old and path.exists() else None
 
 
 def _write(
@@ -182,10 +183,11 @@ def _write(
         write_shards(folder, [_relative(found, folder) for found in scanned])
     root = _beside(layout.root) if reading.documents else layout.root
     if config.images:
-        images = find_layout(config.images, folder / "unused", config.image)
-        root = images.root if images.images_alone else ""
-        if not root:
-            _write_store(config, folder / STORE, images, progress)
+        shards = find_image_shards(config.images, config.image)
+        place = config.images if files.is_remote(config.images) else os.path.abspath(config.images)
+        root = "" if shards else place
+        if shards:
+            _write_store(config, folder / STORE, shards, progress)
     sampling = config.sampling if reading.documents else None
     contents = Contents(
         kind="documents" if reading.documents else "pairs",
@@ -209,11 +211,11 @@ def _beside(root: str) -> str:
     return folder if not files.is_remote(root) and os.path.isdir(folder) else root
 
 
-def _write_store(config: PrepareConfig, store: Path, images: Layout, progress: Progress) -> None:
+def _write_store(config: PrepareConfig, store: Path, shards: Sequence[Shard], progress: Progress) -> None:
     """Write an index by name over the shards that hold the images."""
     store.mkdir()
     parts = Parts(store / "parts", Reading(Captions(()), named=True))
-    scanned = parts.scan(images.shards, config.processes, config.skip_damaged, progress)
+    scanned = parts.scan(shards, config.processes, config.skip_damaged, progress)
     with writing(config.out):
         parts.write_index(scanned, store / INDEX)
         parts.write_names(scanned, store / NAMES)

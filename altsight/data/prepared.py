@@ -105,10 +105,17 @@ def read_shards(folder: Path) -> list[Scanned]:
     """Return the shards of a prepared folder with what was found in each."""
     path = folder / SHARDS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [from_dict(json.loads(line), Scanned, str(path)) for line in lines]
-    except (OSError, ValueError) as error:
+        with path.open(encoding="utf-8") as lines:
+            return [_scanned(json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"'{path}' cannot be read ({error}): run `altsight prepare` again for '{folder}'.") from None
+
+
+def _scanned(data: dict[str, Any]) -> Scanned:
+    """Build by hand what cattrs would take seconds for, where there are tens of thousands of shards."""
+    about = data.pop("shard")
+    shard = Shard(**about | {"header": tuple(about["header"])})
+    return Scanned(shard, **data | {name: tuple(data[name]) for name in ("classes", "fields")})
 
 
 def write_shards(folder: Path, scanned: Iterable[Scanned]) -> None:

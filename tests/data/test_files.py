@@ -29,13 +29,23 @@ ODD = "odd/a b+c%20é=[1]#?.tar"
 TARS = [f"s3://shards/set/{i:02d}.tar" for i in range(3)]
 
 
+@pytest.fixture(autouse=True)
+def no_traffic() -> None:
+    files.TRAFFIC.requests = files.TRAFFIC.bytes = files.TRAFFIC.retries = 0
+
+
 @pytest.fixture(scope="module")
 def s3_address() -> Iterator[str]:
     with s3_server() as address:
         client = s3_client(address)
         client.create_bucket(Bucket="shards")
         client.create_bucket(Bucket="public")
-        for key in [path.removeprefix("s3://shards/") for path in TARS] + ["set/readme.txt", "set/sub/9.tar", ODD]:
+        for key in [path.removeprefix("s3://shards/") for path in TARS] + [
+            "set/readme.txt",
+            "set/._00.tar",
+            "set/sub/9.tar",
+            ODD,
+        ]:
             client.put_object(Bucket="shards", Key=key, Body=DATA)
         client.put_object(Bucket="public", Key="0.tar", Body=DATA, ACL="public-read")
         yield address
@@ -47,24 +57,23 @@ def s3(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bucket 'shards' behind s3://, and one that may be read by anybody."""
     for name, value in {**KEYS, "AWS_ENDPOINT_URL": s3_address, "AWS_EC2_METADATA_DISABLED": "true"}.items():
         monkeypatch.setenv(name, value)
-    files.TRAFFIC.retries = 0
 
 
 @pytest.fixture(scope="module")
 def web_module() -> Iterator[WebServer]:
     with web_server() as server:
         yield server
+    files.forget()
 
 
 @pytest.fixture
-def web(web_module: WebServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
-    """A web server with three files, and little patience with it."""
+def web(web_module: WebServer, monkeypatch: pytest.MonkeyPatch) -> WebServer:
+    """A web server with three files, and three attempts at each."""
     web_module.files = {f"/set/{i}.tar": DATA for i in range(3)}
     web_module.forgive()
-    for name, value in {"ATTEMPTS": 3, "FIRST_WAIT": 0.01, "LONGEST_WAIT": 0.02, "TIMEOUT": 0.4}.items():
+    for name, value in {"ATTEMPTS": 3, "FIRST_WAIT": 0.01, "LONGEST_WAIT": 0.02, "TIMEOUT": 5}.items():
         monkeypatch.setenv(f"ALTSIGHT_READ_{name}", str(value))
-    yield web_module
-    files.forget()
+    return web_module
 
 
 # Names.
@@ -146,7 +155,7 @@ def test_braces_stand_for_what_they_were_built_from(pattern: Pattern) -> None:
 
 
 def test_expand_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("b.tar", "a.tar", "c.TAR", "note.txt", "sub/d.tar", "odd{1,2}[x].tar"):
+    for name in ("b.tar", "a.tar", "c.TAR", "note.txt", "sub/d.tar", "odd{1,2}[x].tar", "._a.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     at = f"{tmp_path}/"
@@ -184,7 +193,7 @@ def test_expand_refuses(source: str, message: str, tmp_path: Path) -> None:
 
 
 def test_unknown_schemes_and_absent_packages_are_named() -> None:
-    with pytest.raises(UserError, match="begins with 'nowhere://', which is not known"):
+    with pytest.raises(UserError, match=r"'nowhere://x/y.tar' cannot be opened \(Protocol not known: nowhere\)"):
         files.stamp("nowhere://x/y.tar")
     code = (
         "import sys; sys.modules['s3fs'] = None\n"
@@ -336,7 +345,9 @@ def test_reads_from_the_web(web: WebServer) -> None:
 
 
 @pytest.mark.parametrize("fault", ["stall", "slow", "break", "short", "503", "500", "429", "drop", "garbage"])
-def test_passing_faults_are_tried_again(fault: str, web: WebServer) -> None:
+def test_passing_faults_are_tried_again(fault: str, web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault in ("stall", "slow"):
+        monkeypatch.setenv("ALTSIGHT_READ_TIMEOUT", "0.3")
     url = web.fail("/set/0.tar", fault, fault)
     assert files.read(url, 5, 1000) == DATA[5:1005]
     assert files.TRAFFIC.retries == (1 if fault == "drop" else 2)  # aiohttp connects once more by itself
@@ -358,7 +369,8 @@ def test_passing_faults_are_tried_again(fault: str, web: WebServer) -> None:
         ("400", "400 Bad Request"),
     ],
 )
-def test_lasting_faults_are_told(fault: str, reason: str, web: WebServer) -> None:
+def test_lasting_faults_are_told(fault: str, reason: str, web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALTSIGHT_READ_TIMEOUT", "0.4")
     url = web.fail("/set/0.tar", fault, always=True)
     start = time.monotonic()
     with pytest.raises(UserError, match=rf"'{url}' could not be read in 3 attempts \(at last: .*{reason}"):
@@ -390,7 +402,8 @@ def test_servers_without_ranges_still_yield_whole_files(web: WebServer) -> None:
     assert files.read_whole(url, len(DATA)) == DATA
 
 
-def test_stalled_requests_are_hung_up_and_block_no_others(web: WebServer) -> None:
+def test_stalled_requests_are_hung_up_and_block_no_others(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALTSIGHT_READ_TIMEOUT", "0.4")
     stalled = web.fail("/set/0.tar", "stall", always=True)
     urls = [f"{web.url}/set/{1 + i % 2}.tar" for i in range(40)]
     errors: list[UserError] = []
@@ -404,9 +417,8 @@ def test_stalled_requests_are_hung_up_and_block_no_others(web: WebServer) -> Non
     threads = [threading.Thread(target=read_stalled) for _ in range(20)]
     for thread in threads:
         thread.start()
-    start = time.monotonic()
     assert files.read_many([(url, 7, 9) for url in urls]) == [DATA[7:16]] * 40
-    assert time.monotonic() - start < 0.4
+    assert all(thread.is_alive() for thread in threads)
     for thread in threads:
         thread.join()
     assert len(errors) == 20
@@ -458,10 +470,7 @@ def _read_and_collect(path: str, at: int, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_child_processes_read_and_leave_the_parent_alone(
-    method: str, s3: None, web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ALTSIGHT_READ_TIMEOUT", "5")
+def test_child_processes_read_and_leave_the_parent_alone(method: str, s3: None, web: WebServer, tmp_path: Path) -> None:
     local = tmp_path / "x.tar"
     local.write_bytes(DATA)
     paths = [TARS[0], web.url + "/set/0.tar", str(local)]
@@ -485,8 +494,7 @@ def test_fork_while_threads_read(web: WebServer) -> None:
             count += 1
         return count
 
-    keep_first = files.read(url, 3, 9)  # a process that is forked while a thread imports modules cannot import them
-    assert keep_first == DATA[3:12]
+    files.read(url, 3, 9)  # a process that is forked while a thread imports modules could not import them
     with ThreadPoolExecutor(3) as readers:
         counts = [readers.submit(keep_reading) for _ in range(3)]
         try:
