@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from altsight.data.mix import MixConfig
+from altsight.data.mix import mix as _mix
 from altsight.data.prepare import PrepareConfig
 from altsight.data.prepare import prepare as _prepare
 from altsight.data.prepared import Prepared, open_prepared
@@ -24,21 +26,36 @@ from altsight.train.run import override as override
 
 
 def prepare(
-    source: str,
+    source: str | Path,
     out: str | Path,
     captions: Sequence[str] = ("{txt}",),
     label: str = "",
     tokenizer: str = "",
     vocab_size: int = 8192,
+    **options: Any,
 ) -> Prepared:
-    """Index the tar shards at `source` and write index, statistics and tokenizer to the folder `out`.
+    """Index the corpus at `source` and write index, statistics and tokenizer to the folder `out`.
 
-    `source` is a path, a glob pattern, or a set of the embedded sample data such as "samples:clipart/train".
+    `source` is a file, a folder, a pattern or a URL in any of the layouts of docs/bring_your_own_data.md, or a set of
+    the embedded sample data such as "samples:clipart/train". options: the other fields of
+    `altsight.data.prepare.PrepareConfig` (images_only, image, images, as_pairs, min_similarity, ...).
 
     Raises:
         UserError: the source is missing, damaged, or has no captions.
     """
-    return _prepare(PrepareConfig(locate(source), Path(out), tuple(captions), label, tokenizer, vocab_size))
+    where = locate(str(source))
+    return _prepare(PrepareConfig(where, Path(out), tuple(captions), label, tokenizer, vocab_size, **options))
+
+
+def mix(sources: Sequence[str | Path], out: str | Path, weights: Sequence[float] = (), **options: Any) -> Prepared:
+    """Write to the folder `out` a data set that draws from several prepared ones by weight (by size without any).
+
+    options: the other fields of `altsight.data.mix.MixConfig` (tokenizer, vocab_size).
+
+    Raises:
+        UserError: a source was not prepared, or the weights do not fit.
+    """
+    return _mix(MixConfig(tuple(map(Path, sources)), Path(out), tuple(weights), **options))
 
 
 def pretrain(run: Run[Any], out: str | Path = "", probe: Task | None = None) -> View:

@@ -5,6 +5,7 @@ Nothing heavy is imported before the command is known, so that `altsight --help`
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -25,6 +26,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 stopped by a signal after saving, 2 a mistake to mend."""
+    # A SIGTERM ends a command like Ctrl-C does; training grants both between two steps (altsight.train.signals).
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
 
 

@@ -1,84 +1,32 @@
-"""Files on local disk or behind a URL (s3://, gs://, https:// ...), read by range through fsspec.
-
-A remote request has a timeout, is tried again with growing pauses (`Retry`), and yields exactly the bytes that were
-asked for. Credentials and endpoints are those of fsspec's own configuration and of the cloud's tools (AWS_PROFILE,
-AWS_ENDPOINT_URL ...); where S3 has no credentials at all, files are asked for anonymously, which public buckets allow.
-"""
+"""Files on local disk or behind a URL (s3://, gs://, https:// ...): what a pattern names, what a file is, its bytes."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import errno
 import functools
-import gc
 import glob
 import io
 import itertools
 import os
-import random
 import re
 import stat
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from typing import Any, BinaryIO, TypeVar
 
 from altsight.core.errors import UserError
+from altsight.data import remote
+from altsight.data.braces import braces
+from altsight.data.remote import CHUNK, THREADS, TRAFFIC
 
-CHUNK = 2**23
-"""Bytes of a remote file that one request of a stream asks for."""
-THREADS = 16
-"""Requests under way at once where many files are asked for."""
 MOST_NAMES = 1_000_000
 """Names that braces may stand for; more are a slip of the pen."""
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 
 T = TypeVar("T")
 U = TypeVar("U")
-
-
-@dataclass(frozen=True)
-class Retry:
-    """How patient remote reads are; waits and timeout in seconds, the timeout for every CHUNK of one attempt."""
-
-    attempts: int = 6
-    first_wait: float = 0.5
-    longest_wait: float = 20.0
-    timeout: float = 30.0
-
-
-def retry() -> Retry:
-    """Return the defaults, or what ALTSIGHT_READ_ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT and _TIMEOUT say instead.
-
-    The environment reaches worker processes however they are started.
-
-    Raises:
-        UserError: one of them is no number.
-    """
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(Retry):
-        name, default = f"ALTSIGHT_READ_{field.name.upper()}", getattr(Retry, field.name)
-        try:
-            values[field.name] = type(default)(os.environ.get(name, default))
-        except ValueError:
-            raise UserError(f"{name}={os.environ[name]} is no number: set it to one, or unset it.") from None
-    return Retry(**values)
-
-
-@dataclass
-class Traffic:
-    """What this process has read remotely: requests (retries among them), and bytes that were asked for and came."""
-
-    requests: int = 0
-    bytes: int = 0
-    retries: int = 0
-
-
-TRAFFIC = Traffic()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +61,15 @@ def forget() -> None:
     For files that were replaced under their name, and for credentials or endpoints that have changed.
     """
     _file.cache_clear()
-    for server in [server for server in _FILESYSTEMS if server[0] == os.getpid()]:
-        del _FILESYSTEMS[server]
-    gc.collect()  # now, because a process that is forked must not be the one to collect them: see `_FILESYSTEMS`
-    TRAFFIC.requests = TRAFFIC.bytes = TRAFFIC.retries = 0
+    remote.forget()
 
 
 def expand(source: str, suffixes: Collection[str]) -> list[str]:
     """Return the files that `source` names: a file, a folder, a glob pattern, braces, or several joined by "::".
 
-    suffixes: those wanted, without a dot. A folder yields the files in it, not those in its subfolders, sorted, and so
-    does a pattern, hidden files left out; braces ("{0000..0099}", "{a,b}") yield theirs in the order in which a shell writes them.
+    suffixes: those wanted, without a dot. A folder yields the files in it, not those in its subfolders; it and a
+    pattern leave hidden files out and yield the others sorted. Braces ("{0000..0099}", "{a,b}") yield theirs in the
+    order in which a shell writes them.
 
     Raises:
         UserError: nothing is there, a file that is named is missing, has another suffix, or is named twice.
@@ -144,51 +90,6 @@ def expand(source: str, suffixes: Collection[str]) -> list[str]:
     return paths
 
 
-def braces(pattern: str) -> Iterator[str]:
-    """Yield what bash makes of the braces in `pattern`: "{a,b}", "{00..12}", "{a..e}", "{0..100..10}", nested.
-
-    Braces without a counterpart, a comma or a range are plain characters.
-    """
-    start = pattern.find("{")
-    if start < 0:
-        yield pattern
-        return
-    before, (words, end) = pattern[:start], _words(pattern, start)
-    for word in words:
-        for middle in braces(word) if end > start + 1 else [word]:
-            for rest in braces(pattern[end:]):
-                yield before + middle + rest
-
-
-def _words(pattern: str, start: int) -> tuple[Iterable[str], int]:
-    """Return what the brace at `start` stands for, and where its counterpart ends: itself if it is a plain one."""
-    depth, cuts = 0, [start]
-    for at in range(start, len(pattern)):
-        depth += (pattern[at] == "{") - (pattern[at] == "}")
-        if depth == 1 and pattern[at] == ",":
-            cuts.append(at)
-        elif depth == 0:
-            if len(cuts) > 1:
-                return [pattern[a + 1 : b] for a, b in itertools.pairwise([*cuts, at])], at + 1
-            counted = _count(pattern[start + 1 : at])
-            return (["{"], start + 1) if counted is None else (counted, at + 1)
-    return ["{"], start + 1
-
-
-def _count(words: str) -> Iterable[str] | None:
-    """Return the words of "first..last" or "first..last..step", numbers or letters; None for anything else."""
-    found = re.fullmatch(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.(-?\d+))?", words, re.ASCII)
-    if found is None or found[1].isalpha() != found[2].isalpha():
-        return None
-    letters = found[1].isalpha()
-    first, last = (ord(found[1]), ord(found[2])) if letters else (int(found[1]), int(found[2]))
-    step = (abs(int(found[3] or 1)) or 1) * (1 if first <= last else -1)
-    numbers = range(first, last + (1 if step > 0 else -1), step)
-    padded = any(re.match(r"-?0\d", word) for word in found.group(1, 2))
-    width = max(len(found[1]), len(found[2])) if padded else 0
-    return (chr(n) if letters else str(n).zfill(width) for n in numbers)
-
-
 def _local(word: str, suffixes: Collection[str]) -> list[str]:
     word = _plain(word)
     if os.path.isdir(word):
@@ -207,9 +108,9 @@ def _remote(word: str, suffixes: Collection[str]) -> list[str]:
     magic = re.search(r"[*[]" if word.startswith("http") else r"[*?[]", word)
     if not magic and suffix(word) in suffixes:
         return [word]
-    fs = _filesystem(word)
+    fs = remote.filesystem(word)
     fs.invalidate_cache()
-    found = _present(word, lambda: _ask(word, "glob" if magic else "ls", patience=20, detail=True))
+    found = _present(word, lambda: remote.ask(word, "glob" if magic else "ls", patience=20, detail=True))
     entries = found.values() if isinstance(found, dict) else found
     # Filesystems name files without what stands before the bucket or the path.
     root = word.rstrip("/").removesuffix(fs._strip_protocol(word).rstrip("/"))
@@ -255,7 +156,7 @@ def read(path: str, at: int, size: int) -> bytes:
     if size == 0:
         return b""
     try:
-        data: bytes = _ask(path, "cat_file", patience=-(-size // CHUNK), start=at, end=at + size)
+        data: bytes = remote.ask(path, "cat_file", patience=-(-size // CHUNK), start=at, end=at + size)
     except FileNotFoundError:
         raise UserError(f"the shard '{path}' is gone: put it back or run `altsight prepare` again.") from None
     TRAFFIC.bytes += size
@@ -307,12 +208,15 @@ class _Stream(io.RawIOBase):
         self._path, self._size, self._at = path, size, 0
 
     def readable(self) -> bool:
+        """True."""
         return True
 
     def seekable(self) -> bool:
+        """True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move; nothing is asked for before it is read."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         if base + offset < 0:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), self._path)
@@ -320,12 +224,14 @@ class _Stream(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with at most CHUNK bytes."""
         count = max(0, min(len(buffer), CHUNK, self._size - self._at))
         buffer[:count] = read(self._path, self._at, count)
         self._at += count
         return count
 
     def readall(self) -> bytes:
+        """Return the rest, in chunks that are asked for at once."""
         starts = range(self._at, self._size, CHUNK)
         self._at = max(self._at, self._size)
         return b"".join(read_many([(self._path, at, min(CHUNK, self._size - at)) for at in starts]))
@@ -366,176 +272,10 @@ def _present(path: str, ask: Callable[[], T]) -> T:
 
 
 def _remote_stamp(path: str) -> Stamp:
-    about: dict[str, Any] = _ask(path, "info")
+    about: dict[str, Any] = remote.ask(path, "info")
     if about.get("type") == "directory":
         raise FileNotFoundError(path)
     if about.get("size") is None:
         raise UserError(f"the server of '{path}' does not tell its size: copy the file to a disk and give that one.")
     versions = (about.get(name) for name in ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "created"))
     return Stamp(int(about["size"]), str(next(filter(None, versions), "")))
-
-
-# From here on: one remote request, tried again.
-
-
-def _ask(path: str, verb: str, patience: int = 1, **options: Any) -> Any:
-    """Return what the filesystem of `path` answers to `verb`; `patience` is the factor of the timeout.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        UserError: it may not be read, or all attempts have failed.
-    """
-    policy = retry()
-    timeout, wait, reason = policy.timeout * patience, policy.first_wait, ""
-    for attempt in range(policy.attempts):
-        if attempt:
-            TRAFFIC.retries += 1
-            # Many workers that were refused at once must not come back at once; no sample depends on this.
-            time.sleep(min(wait, policy.longest_wait) * random.SystemRandom().uniform(0.5, 1))
-            wait *= 2
-        TRAFFIC.requests += 1
-        try:
-            return _call(_filesystem(path), verb, path, timeout, options)
-        except (UserError, FileNotFoundError):
-            raise
-        except Exception as error:  # every filesystem has errors of its own
-            if type(error).__name__ == "NoCredentialsError" and _without_credentials(path):
-                return _ask(path, verb, patience, **options)
-            reason = _reason(path, error, timeout)
-    raise UserError(
-        f"'{path}' could not be read in {policy.attempts} attempts (at last: {reason}): look after the network or the "
-        "server, and run again."
-    )
-
-
-def _call(fs: Any, verb: str, path: str, timeout: float, options: dict[str, Any]) -> Any:
-    """Ask once; a request to an asynchronous filesystem is cancelled when `timeout` seconds are over."""
-    from fsspec.asyn import sync
-
-    if not fs.async_impl:
-        answer = getattr(fs, verb)(path, **options)
-    else:
-        over_http = _HTTP.get(verb) if path.startswith("http") else None
-        method = functools.partial(over_http, fs) if over_http else getattr(fs, f"_{verb}")
-        answer = sync(fs.loop, method, path, timeout=timeout, **options)
-    if verb == "cat_file":
-        wanted = options["end"] - options["start"]
-        if len(answer) > wanted:
-            raise _no_ranges(path)
-        if len(answer) < wanted:
-            raise EOFError(f"{len(answer):,} of {wanted:,} bytes came")
-    return answer
-
-
-def _no_ranges(path: str) -> UserError:
-    return UserError(f"the server of '{path}' yields whole files only, no parts: copy them to a disk and give those.")
-
-
-async def _http_range(fs: Any, url: str, start: int, end: int) -> bytes:
-    async with _http(fs, url, start, end) as answer:
-        answer.raise_for_status()
-        # Told by the header: fsspec would take in a whole shard from a server that knows no ranges.
-        if answer.status == 200 and (start, answer.content_length) != (0, end - start):
-            raise _no_ranges(url)
-        data: bytes = await answer.read()
-        return data
-
-
-async def _http_info(fs: Any, url: str) -> dict[str, Any]:
-    """Ask for the first byte: signed addresses and some servers refuse HEAD, which fsspec would use."""
-    async with _http(fs, url, 0, 1) as answer:
-        about = {name: answer.headers.get(name) for name in ("ETag", "Last-Modified")}
-        if answer.status == 416:  # an empty file has no first byte
-            return {"size": 0, **about}
-        answer.raise_for_status()
-        size = answer.headers.get("Content-Range", "").rpartition("/")[2]
-        if answer.status == 200:
-            size = answer.headers.get("Content-Length", "")
-        return {"size": int(size) if size.isdecimal() else None, **about}
-
-
-@contextlib.asynccontextmanager
-async def _http(fs: Any, url: str, start: int, end: int) -> AsyncIterator[Any]:
-    """Ask for bytes start .. end as they are, not compressed on the way."""
-    headers = {**fs.kwargs.get("headers", {}), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-    session = await fs.set_session()
-    async with session.get(fs.encode_url(url), **{**fs.kwargs, "headers": headers}) as answer:
-        if answer.status in (404, 410):
-            raise FileNotFoundError(url)
-        yield answer
-
-
-_HTTP: dict[str, Callable[..., Any]] = {"cat_file": _http_range, "info": _http_info}
-
-
-def _reason(path: str, error: Exception, timeout: float) -> str:
-    """Return in plain words why an attempt failed.
-
-    Raises:
-        UserError: another attempt cannot help.
-    """
-    status = _status(error)
-    said = getattr(error, "message", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
-    words = f"{status or ''} {str(said).splitlines()[0]}".strip()
-    if isinstance(error, PermissionError) or status in (401, 403) or words.startswith("Forbidden"):  # gcsfs
-        asked = "asked anonymously, as there are no credentials: " if getattr(_filesystem(path), "anon", False) else ""
-        raise UserError(
-            f"'{path}' may not be read ({asked}{words}): set up credentials that may, or check its name."
-        ) from None
-    if status == 416:
-        raise UserError(f"the shard '{path}' is shorter than its index says: run `altsight prepare` again.") from None
-    if isinstance(error, TimeoutError):
-        return f"no answer within {timeout:g} s"
-    return words
-
-
-def _status(error: Exception) -> int | None:
-    """Return the HTTP status of an error of aiohttp, gcsfs, or botocore, which s3fs makes others of."""
-    response = getattr(error.__cause__ or error, "response", None)
-    if isinstance(response, dict):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    status = str(getattr(error, "status", None) or getattr(error, "code", None))
-    return int(status) if status.isdecimal() else None
-
-
-_FILESYSTEMS: dict[tuple[int, str], Any] = {}
-"""By process and server. A process that was forked must neither use its parent's, whose thread it does not have, nor
-let go of them: that would close the parent's connections in the event loop that both share."""
-
-
-def _server(path: str) -> tuple[int, str]:
-    return os.getpid(), "/".join(path.split("/", 3)[:3])
-
-
-def _filesystem(path: str) -> Any:
-    server = _server(path)
-    if server not in _FILESYSTEMS:
-        _FILESYSTEMS.setdefault(server, _connect(path))
-    return _FILESYSTEMS[server]
-
-
-def _without_credentials(path: str) -> bool:
-    """Ask the server of `path` anonymously from now on; False if it was done before."""
-    if _filesystem(path).anon:
-        return False
-    _FILESYSTEMS[_server(path)] = _connect(path, anon=True)
-    return True
-
-
-def _connect(path: str, **options: Any) -> Any:
-    scheme = path.partition("://")[0]
-    try:
-        from fsspec.core import url_to_fs
-
-        fs = url_to_fs(path, skip_instance_cache=True, **options)[0]
-    except ImportError as error:
-        package = PACKAGES.get(scheme)
-        hint = f"needs {package}: pip install 'altsight[remote]'" if package else f"needs a package: {error}"
-        raise UserError(f"'{path}' {hint}.") from None
-    except ValueError as error:
-        raise UserError(f"'{path}' cannot be opened ({error}): check the address.") from None
-    if scheme in ("s3", "s3a"):
-        # Attempts are counted in `_ask` alone, and a pool of ten connections would hold THREADS back.
-        fs.retries = 1
-        fs.config_kwargs = {"retries": {"max_attempts": 0}, "max_pool_connections": 2 * THREADS, **fs.config_kwargs}
-    return fs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -56,7 +57,8 @@ def find_layout(source: str, listing: Path, image_field: str = "") -> Layout:
         paths = _saved_data_set(paths)
     if not files.is_remote(paths[0]):
         paths = [os.path.abspath(path) for path in paths]
-    return Layout(tuple(_shard(path, kind, image_field) for path in paths), files.parent(paths[0]))
+    shards = map(_shard, paths, files.stamps(paths), itertools.repeat(kind), itertools.repeat(image_field))
+    return Layout(tuple(shards), files.parent(paths[0]))
 
 
 def find_image_shards(source: str, image_field: str = "") -> tuple[Shard, ...]:
@@ -81,8 +83,7 @@ def _kind(path: str) -> str | None:
     return KINDS.get(files.suffix(path))
 
 
-def _shard(path: str, kind: str, image_field: str) -> Shard:
-    stamp = files.stamp(path)
+def _shard(path: str, stamp: files.Stamp, kind: str, image_field: str) -> Shard:
     header: tuple[str, ...] = ()
     if kind in ("csv", "tsv"):
         with files.open_stream(path) as stream:
@@ -119,7 +120,8 @@ def _image_folder(source: str, listing: Path) -> Layout:
         for path in found:
             row = {"path": path} | ({"label": path.partition(os.sep)[0]} if labelled else {})
             file.write(json.dumps(row) + "\n")
-    return Layout((_shard(str(listing), "jsonl", "path"),), os.path.abspath(source), True, labelled)
+    shard = _shard(str(listing), files.stamp(str(listing)), "jsonl", "path")
+    return Layout((shard,), os.path.abspath(source), True, labelled)
 
 
 def _images_below(folder: str) -> Iterator[str]:

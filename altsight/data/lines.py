@@ -52,9 +52,12 @@ def read_header(path: str, kind: str, stream: BinaryIO) -> tuple[str, ...]:
     """
     if kind == "jsonl":
         return ()
-    first = next(csv.reader(_Counted(_raw_lines(path, stream)), delimiter=DELIMITERS[kind]), [])
+    try:
+        first = next(csv.reader(_Counted(_raw_lines(path, stream)), delimiter=DELIMITERS[kind]), [])
+    except csv.Error:
+        first = [""]
     names = tuple(name.strip().removeprefix("\ufeff") for name in first)
-    if not all(names) or len(set(names)) < len(names):
+    if not names or not all(names) or len(set(names)) < len(names):
         raise UserError(f"the first row of '{path}' is no header with one name for each column: write one.")
     return names
 
@@ -65,7 +68,7 @@ def parse_line(data: bytes, kind: str, header: Sequence[str]) -> dict[str, Any]:
     Raises:
         BrokenSample: it is no row of this table.
     """
-    text = data.decode("utf-8", errors="replace")
+    text = _text(data)
     if kind == "jsonl":
         try:
             fields = json.loads(text)
@@ -74,7 +77,10 @@ def parse_line(data: bytes, kind: str, header: Sequence[str]) -> dict[str, Any]:
         if not isinstance(fields, dict):
             raise BrokenSample("no JSON object")
         return fields
-    row = next(csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[kind]), [])
+    try:
+        row = next(csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[kind]), [])
+    except csv.Error as error:
+        raise BrokenSample(str(error)) from None
     if len(row) != len(header):
         raise BrokenSample(f"{len(row)} fields where the header names {len(header)}")
     return dict(zip(header, row, strict=True))
@@ -93,7 +99,12 @@ class _Counted:
     def __next__(self) -> str:
         line = next(self._lines)
         self.taken.append(line)
-        return line.decode("utf-8", errors="replace")
+        return _text(line)
+
+
+def _text(data: bytes) -> str:
+    """Decode a row; a carriage return within it would end it for the CSV reader, so it is a space."""
+    return data.decode("utf-8", errors="replace").replace("\r\n", "\n").replace("\r", " ")
 
 
 def _raw_lines(path: str, stream: BinaryIO) -> Iterator[bytes]:

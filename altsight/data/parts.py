@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -114,7 +115,7 @@ class Parts:
                 yield shard, self.one(shard)
             return
         # fork: a script that calls altsight at its top level is not run again by every process.
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _leave_signals_to_parent) as pool:
             tasks = {pool.submit(self.one, shard): shard for shard in shards}
             try:
                 for task in as_completed(tasks):
@@ -150,3 +151,9 @@ class Parts:
             f"{len(errors)} of {total:,} shards cannot be read ({names}{more}): mend or remove them, or leave them out "
             f"with --skip-damaged; the first one says: {first}"
         )
+
+
+def _leave_signals_to_parent() -> None:
+    """Ctrl-C reaches all processes of a terminal; the one that was called decides what becomes of the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -15,6 +15,8 @@ from altsight.core.errors import UserError
 from altsight.data.record import IMAGE_SUFFIXES, Record
 
 BLOCK = tarfile.BLOCKSIZE
+LONGEST_TEXT = 2**20
+"""Bytes of a text after which the rest is left aside; another member that is as long is no text."""
 
 
 def scan_tar(path: str, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -66,8 +68,8 @@ def parse_tar(data: bytes) -> Record:
             image = image or part
         elif suffix == "json":
             fields |= _json(part)
-        elif size <= 2**20 and b"\0" not in part[:1024] and suffix not in ("npy", "pth"):
-            text = part.decode("utf-8", errors="replace")
+        elif suffix == "txt" or (size <= LONGEST_TEXT and b"\0" not in part):
+            text = part[:LONGEST_TEXT].decode("utf-8-sig", errors="replace")
             fields[suffix.removesuffix(".txt")] = int(text) if suffix == "cls" and text.strip().isdecimal() else text
     return Record(fields, image)
 

@@ -164,10 +164,10 @@ def read_plan(path: Path) -> Plan:
 
 
 def locate(source: str) -> str:
-    """Return the path of a source: `samples:NAME/SPLIT` lies in the embedded sample data, the rest is a path.
+    """Return the path of a source: `samples:NAME/SPLIT` and `samples:documents` are embedded sample data.
 
     Raises:
-        UserError: the sample data are not installed.
+        UserError: there are no such sample data, or they are not installed.
     """
     if not source.startswith(SAMPLES):
         return source
@@ -175,8 +175,9 @@ def locate(source: str) -> str:
         import altsight_samples
     except ModuleNotFoundError:
         raise UserError(f"'{source}' needs the embedded sample data: `pip install altsight-samples`.") from None
+    _check_samples(source)
     name, _, split = source.removeprefix(SAMPLES).partition("/")
-    return str(altsight_samples.path(name, split))
+    return str(altsight_samples.path(name, split) if split else altsight_samples.documents())
 
 
 def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,5 +241,6 @@ def _check_samples(word: str) -> None:
     import altsight_samples
 
     known = [f"{SAMPLES}{name}/{split}" for name in altsight_samples.NAMES for split in altsight_samples.SPLITS]
+    known.append(f"{SAMPLES}documents")
     if word not in known:
         raise UserError(f"there is no sample data '{word}'.{did_you_mean(word, known)}")

@@ -98,6 +98,7 @@ def web_server() -> Iterator[WebServer]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # the body would wait for the acknowledgement of the header
     server: WebServer
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from altsight.core.errors import UserError
 from altsight.data import files
+from altsight.data.braces import braces
 from tests.data.servers import KEYS, WebServer, s3_client, s3_server, web_server
 
 DATA = bytes(range(256)) * 40
@@ -106,7 +107,7 @@ def web(web_module: WebServer, monkeypatch: pytest.MonkeyPatch) -> WebServer:
     ],
 )
 def test_braces(pattern: str, words: list[str]) -> None:
-    assert list(files.braces(pattern)) == words
+    assert list(braces(pattern)) == words
     if pattern and (bash := shutil.which("bash")):
         shell = subprocess.run([bash, "-c", f'printf "%s\\n" {pattern}'], capture_output=True, text=True, check=True)
         assert shell.stdout.splitlines() == words
@@ -151,7 +152,7 @@ PATTERNS = st.recursive(
 @settings(max_examples=200, deadline=None)
 def test_braces_stand_for_what_they_were_built_from(pattern: Pattern) -> None:
     text, words = pattern
-    assert list(files.braces(text)) == words
+    assert list(braces(text)) == words
 
 
 def test_expand_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
