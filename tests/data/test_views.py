@@ -21,6 +21,7 @@ from altsight.data import views
 from altsight.data.decode import BrokenImage, decode
 from altsight.data.views import NORMALIZATIONS, Crop, center_crop, crops, normalize, random_keep
 from tests.data.conftest import Picture
+from tests.data.test_decode import encode
 
 # How an upright picture is laid down so that EXIF orientation n sets it upright again.
 TURNS = {
@@ -38,12 +39,6 @@ TURNS = {
 def photo() -> Image.Image:
     """A photograph of 640 x 427 pixels."""
     return Image.fromarray(load_sample_image("china.jpg"))
-
-
-def _encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
 
 
 def _watch_resizing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
@@ -111,7 +106,7 @@ def test_the_whole_image_half_of_the_time_flipped(picture: Picture) -> None:
 
 @pytest.mark.parametrize("options", [{"quality": 90}, {"quality": 90, "subsampling": 0, "progressive": True}])
 def test_a_small_box_is_what_pillow_and_torchvision_make_of_it(photo: Image.Image, options: dict[str, Any]) -> None:
-    data = _encode(photo, "JPEG", **options)
+    data = encode(photo, "JPEG", **options)
     full = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
     for p in range(10):
         crop, at = Crop((0.1, 0.3), flip=False), key(0, p)
@@ -121,30 +116,28 @@ def test_a_small_box_is_what_pillow_and_torchvision_make_of_it(photo: Image.Imag
         assert torch.equal(crop(data, 160, at), expected)
 
 
-@pytest.mark.parametrize(("size", "reduction"), [(200, 2), (100, 4), (50, 8)])
-def test_decoding_small_changes_a_view_less_than_bilinear_for_bicubic(
-    photo: Image.Image, size: int, reduction: int
+@pytest.mark.parametrize(
+    ("size", "reduction", "decibels"),
+    [(200, 2, 33.5), (100, 4, 35), (50, 8, 35.5), (133, 2, 39), (66, 4, 40), (33, 8, 42)],
+)
+def test_a_reduced_view_is_close_to_that_from_all_pixels(
+    photo: Image.Image, size: int, reduction: int, decibels: float
 ) -> None:
-    data = _encode(photo, "JPEG", quality=90)
-    crop = Crop((0.9, 1.0), (1.4, 1.5), flip=False)
-    opened = Image.open(io.BytesIO(data))
+    """The first three are decoded hardly larger than the view (the worst case), the others half as large again.
+
+    Here the bilinear, box and Hamming filters differ from the bicubic one by 33 to 41 decibels, and a box that is
+    moved by a quarter of a pixel of the view by 31 to 33: the bounds leave room for 1 decibel and no such shift.
+    """
+    data = encode(photo, "JPEG", quality=90)
+    crop, opened = Crop((0.9, 1.0), (1.4, 1.5), flip=False), Image.open(io.BytesIO(data))
     errors = []
-    for p in range(10):
+    for p in range(20):
         top, left, height, width = crop.box(opened.height, opened.width, key(0, p))
-        assert reduction <= min(height, width) / size < 2 * reduction
-        # The same box, moved to whole pixels of the reduced picture.
-        box = [round(edge / reduction + 1e-6) * reduction for edge in (left, top, left + width, top + height)]
-        box = [min(box[i], opened.size[i % 2]) for i in range(4)]
-        bicubic, bilinear = (
-            np.asarray(opened.resize((size, size), kind, box)).astype(float)
-            for kind in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)
-        )
-        ours = crop(data, size, key(0, p)).permute(1, 2, 0).numpy()
-        errors.append([((other - bicubic) ** 2).mean() for other in (ours, bilinear)])
-        assert np.abs(ours - bicubic).mean() < 2
-    ours_error, bilinear_error = np.mean(errors, axis=0)
-    assert ours_error < bilinear_error
-    assert ours_error < 255**2 / 10**4  # 40 dB
+        edges = (left, top, left + width, top + height)
+        moved = [min(reduction * int(e / reduction + 0.5), opened.size[i % 2]) for i, e in enumerate(edges)]
+        expected = np.asarray(opened.resize((size, size), Image.Resampling.BICUBIC, moved)).astype(float)
+        errors.append(((crop(data, size, key(0, p)).permute(1, 2, 0).numpy() - expected) ** 2).mean())
+    assert 10 * np.log10(255**2 / np.mean(errors)) > decibels
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -157,7 +150,7 @@ def test_boxes_are_cut_where_they_were_drawn(size: tuple[int, int], orientation:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     lying = upright if orientation == 1 else upright.transpose(TURNS[orientation])
-    data = _encode(lying, "JPEG", quality=100, subsampling=0, exif=exif)
+    data = encode(lying, "JPEG", quality=100, subsampling=0, exif=exif)
     crop = Crop((0.1, 1.0), flip=False)
     for p in range(10):
         for pixels in (8, 60):
@@ -194,7 +187,7 @@ def test_a_png_is_cut_from_all_of_its_pixels(picture: Picture) -> None:
 
 
 def test_several_views_are_decoded_once(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = _encode(photo, "JPEG", quality=90)
+    data = encode(photo, "JPEG", quality=90)
     at = key(0, 3)
     wanted = [(Crop((0.25, 1.0)), 112, at.child("a")), (Crop((0.05, 0.25)), 96, at.child("b")), (Crop(), 48, at)]
     alone = [crop(data, size, k) for crop, size, k in wanted]
@@ -212,32 +205,24 @@ def test_several_views_are_decoded_once(photo: Image.Image, monkeypatch: pytest.
 def test_center_crop_keeps_the_middle_of_the_shorter_side() -> None:
     image = np.zeros((20, 40, 3), dtype=np.uint8)
     image[:, 10:30] = 200
-    data = _encode(Image.fromarray(image), "PNG")
+    data = encode(Image.fromarray(image), "PNG")
     assert center_crop(data, 20).unique().tolist() == [200]
     assert center_crop(data, 10).shape == (3, 10, 10)
     inner = np.zeros((32, 32, 3), dtype=np.uint8)
     inner[8:24, 8:24] = 100
     assert torch.equal(
-        center_crop(_encode(Image.fromarray(inner), "PNG"), 16, crop_ratio=0.5),
+        center_crop(encode(Image.fromarray(inner), "PNG"), 16, crop_ratio=0.5),
         torch.full((3, 16, 16), 100, dtype=torch.uint8),
     )
 
 
 def test_center_crop_is_torchvisions(photo: Image.Image) -> None:
-    for size, crop_ratio in ((224, 1.0), (224, 0.875), (300, 0.9)):  # too large to decode at a smaller scale
+    for size, crop_ratio in ((32, 1.0), (224, 0.875), (500, 0.9)):
         for image in (photo, photo.transpose(Image.Transpose.ROTATE_90), photo.crop((0, 0, 333, 417))):
-            data = _encode(image, "JPEG", quality=90)
+            data = encode(image, "JPEG", quality=90)
             pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
             resized = resize(pixels, [round(size / crop_ratio)], InterpolationMode.BICUBIC, antialias=True)
             assert torch.equal(center_crop(data, size, crop_ratio), tv_center_crop(resized, [size, size]))
-
-
-def test_center_crop_of_a_reduced_jpeg_has_the_same_middle(photo: Image.Image) -> None:
-    data = _encode(photo.crop((0, 0, 501, 427)), "JPEG", quality=90)
-    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
-    resized = resize(pixels, [100], InterpolationMode.BICUBIC, antialias=True)
-    difference = center_crop(data, 100).float() - tv_center_crop(resized, [100, 100]).float()
-    assert difference.abs().mean() < 2
 
 
 def test_broken_images_are_reported_as_such() -> None:
@@ -245,6 +230,11 @@ def test_broken_images_are_reported_as_such() -> None:
         Crop()(b"no image", 16, key(0, 0))
     with pytest.raises(BrokenImage):
         center_crop(b"no image", 16)
+
+
+def test_a_strip_that_center_crop_would_blow_up_is_refused() -> None:
+    with pytest.raises(BrokenImage, match="thin"):
+        center_crop(encode(Image.new("RGB", (5000, 1)), "PNG"), 224)
 
 
 @pytest.mark.parametrize(("patches", "ratio", "kept"), [(196, 0.75, 49), (16, 0.0, 16), (10, 0.99, 0), (9, 0.5, 4)])
