@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -19,13 +20,14 @@ from altsight.core import dist
 from altsight.core.config import write_json
 from altsight.core.errors import UserError
 from altsight.data.check import check as check_data
-from altsight.data.check import show
 from altsight.data.mix import MixConfig
 from altsight.data.mix import mix as mix_data
 from altsight.data.mixture import Mixture
 from altsight.data.prepare import PrepareConfig
 from altsight.data.prepare import prepare as prepare_data
 from altsight.data.prepared import Prepared, open_prepared
+from altsight.data.sheet import write_sheet
+from altsight.data.show import show
 from altsight.evals.load import load_view
 from altsight.recipes import demo_plan, names, recipe
 from altsight.study.plan import Plan, TaskConfig, locate, read_plan
@@ -58,8 +60,12 @@ def prepare(argv: Sequence[str]) -> int:
     about = "Index a corpus for training: where every sample lies, statistics, a tokenizer. Nothing is copied."
     options = tyro.cli(PrepareConfig, args=argv, prog="altsight prepare", description=about)
     options = replace(options, source=locate(options.source), images=locate(options.images))
-    with progress_bar() as bar:
-        prepared = prepare_data(options, lambda what, done, total: draw(bar, what, done, total))
+    try:
+        with progress_bar() as bar:
+            prepared = prepare_data(options, lambda what, done, total: draw(bar, what, done, total))
+    except KeyboardInterrupt:
+        print("altsight: stopped; run the same command again to go on with the shards that are left.", file=sys.stderr)
+        return 130
     _say_prepared(prepared)
     return 0
 
@@ -101,10 +107,16 @@ class Check:
     """Samples that the run is to see."""
     context: int = 77
     """Tokens that the text tower of the run reads; longer captions are cut."""
+    most: int = 50_000
+    """Samples that are looked at, in blocks spread over the data; 0: all."""
     workers: int = os.cpu_count() or 1
     """Processes that decode."""
+    sheet: Path | None = None
+    """Write a contact sheet of random samples here (.html or .png)."""
+    sheet_samples: int = 60
+    """Samples on the contact sheet."""
     json: bool = False
-    """Print the report as JSON."""
+    """Print the report as JSON, and nothing else on standard output."""
 
 
 def check(argv: Sequence[str]) -> int:
@@ -112,13 +124,18 @@ def check(argv: Sequence[str]) -> int:
     options = tyro.cli(Check, args=argv, prog="altsight check")
     prepared = open_prepared(options.data)
     with progress_bar(transient=True) as bar:
+        progress = partial(draw, bar)
+        if options.sheet is not None:
+            write_sheet(prepared, options.sheet, options.sheet_samples, progress=progress)
+            console.print(f"contact sheet -> {options.sheet}", highlight=False)
         report = check_data(
             prepared,
             batch=options.batch,
             samples=options.samples,
             workers=options.workers,
             context=options.context,
-            progress=lambda what, done, total: draw(bar, what, done, total),
+            most=options.most,
+            progress=progress,
         )
     if options.json:
         print(json.dumps(asdict(report), indent=1))

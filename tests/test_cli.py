@@ -11,6 +11,7 @@ from pathlib import Path
 
 import altsight_samples
 import pytest
+from PIL import Image
 
 from altsight.cli import COMMANDS, run
 from altsight.data.prepared import Prepared
@@ -143,6 +144,42 @@ def test_the_whole_way(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     stopped = altsight("pretrain", "mae", "--data.path", str(data), "--out", str(tmp_path / "strict"), *small,
                        "--data.max-bad-fraction", "0.001")  # fmt: skip
     assert stopped.returncode == 2 and "--data.max-bad-fraction" in stopped.stderr
+
+
+def test_check_writes_a_contact_sheet(
+    capsys: pytest.CaptureFixture[str], sample_path: Path, sample_data: Prepared, tmp_path: Path
+) -> None:
+    page, picture = tmp_path / "sheet.html", tmp_path / "sheet.png"
+    argv = ["check", str(sample_path), "--most", "128", "--workers", "0"]
+    assert run([*argv, "--sheet", str(page), "--json"]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert (report["samples"], report["looked_at"]) == (len(sample_data.source), 128)
+    assert str(page) in printed.err.replace("\n", "")
+    assert page.read_text(encoding="utf-8").count("<figure") == 60
+    assert run([*argv, "--sheet", str(picture), "--sheet-samples", "7"]) == 0
+    printed = capsys.readouterr()
+    assert f"{len(sample_data.source):,} samples in " in printed.out and "128" in printed.out
+    assert Image.open(picture).format == "PNG"
+
+
+def test_check_of_what_cannot_be_trained_on(
+    capsys: pytest.CaptureFixture[str], sample_path: Path, tmp_path: Path
+) -> None:
+    argv = ["check", str(sample_path), "--workers", "0"]
+    fails(capsys, [*argv, "--batch", "999999", "--samples", "9999999"], "999,999", "larger than the data set")
+    fails(capsys, [*argv, "--batch", "64", "--samples", "63"], "shorter than one batch")
+    fails(capsys, [*argv, "--sheet", str(tmp_path / "sheet.gif")], "sheet.gif", ".html or .png")
+    fails(capsys, [*argv, "--sheet", str(tmp_path / "no/sheet.png")], "no/sheet.png", "cannot be written")
+    fails(capsys, [*argv, "--sheet", str(tmp_path / "sheet.png"), "--sheet-samples", "0"], "0 samples")
+    assert not list(tmp_path.iterdir())
+    shards = tmp_path / "shards"
+    shutil.copytree(TRAIN, shards)
+    break_images(next(shards.glob("*.tar")), every=1)
+    assert run(["prepare", str(shards), "--out", str(tmp_path / "data"), "--captions", "{title}"]) == 0
+    sheet = tmp_path / "sheet.html"
+    fails(capsys, ["check", str(tmp_path / "data"), "--sheet", str(sheet)], "none of the 609 samples", "begins with")
+    assert "begins with" in sheet.read_text(encoding="utf-8"), "the sheet is there to show what is wrong"
 
 
 def break_images(shard: Path, every: int) -> None:

@@ -132,6 +132,20 @@ def check_batch(batch: int, size: int, where: str) -> None:
 
 
 @dataclass(frozen=True)
+class _Parts:
+    """The positions of a rank in every step from `seen` to `samples`, made one after the other: runs are long."""
+
+    seen: int
+    samples: int
+    batch: int
+    place: World
+
+    def __iter__(self) -> Iterator[range]:
+        for start in range(self.seen, self.samples - self.batch + 1, self.batch):
+            yield range(start + self.place.rank, start + self.batch, self.place.size)
+
+
+@dataclass(frozen=True)
 class Loader:
     """Batches of this rank's part of every global batch: every R-th position, so that ranks read different blocks.
 
@@ -155,12 +169,13 @@ class Loader:
         Raises:
             UserError: the global batch is not divisible by the world size, the data cannot be used, or none come.
         """
+        if self.workers < 0:
+            raise UserError(f"{self.workers} processes cannot decode: use --data.workers 0 or more.")
         if self.global_batch % place.size:
             raise UserError(
                 f"the batch of {self.global_batch} cannot be split over {place.size} ranks: use a multiple of it."
             )
-        starts = range(samples_seen, samples - self.global_batch + 1, self.global_batch)
-        parts = [range(start + place.rank, start + self.global_batch, place.size) for start in starts]
+        parts = _Parts(samples_seen, samples, self.global_batch, place)
         board = Board.of(self.workers)
         watch = Watch(board, self.source.name, self.late, self.say)
         batches = iter(self._loader(parts, board))
@@ -171,7 +186,7 @@ class Loader:
                 batch = self._next(batches, board, worker)
             yield batch, time.perf_counter() - before
 
-    def _loader(self, parts: list[range], board: Board) -> DataLoader[Batch | UserError]:
+    def _loader(self, parts: _Parts, board: Board) -> DataLoader[Batch | UserError]:
         limit = float("inf") if self.workers else self.limit
         return DataLoader(
             _Positions(self.source, self.order, self.prepare, board, limit),

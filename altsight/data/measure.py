@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,18 +15,31 @@ from torch.utils.data import DataLoader, Dataset
 
 from altsight.core.errors import UserError
 from altsight.core.rng import key
+from altsight.core.types import Document
 from altsight.data.decode import BrokenImage, decode
 from altsight.data.sources import Source
-from altsight.data.survey import Progress
+from altsight.data.survey import THREADS, Progress
 from altsight.data.text import Tokenizer
 
 IMAGE = np.dtype(
-    [("sample", "<i8"), ("content", "<u8"), ("looks", "<u8"), ("height", "<u4"), ("width", "<u4"), ("label", "<i4")]
+    [
+        *(("sample", "<i8"), ("content", "<u8"), ("bytes", "<u8"), ("looks", "<u8")),
+        *(("height", "<u4"), ("width", "<u4"), ("label", "<i4")),
+    ]
 )
-"""One image: its sample, hash of its bytes, difference hash of its pixels, size (0: broken), class (-1: none)."""
+"""One image: its sample, hash and number of its bytes, difference hash and size of its pixels (0: broken), class
+(-1: none)."""
 CAPTION = np.dtype([("sample", "<i8"), ("content", "<u8"), ("characters", "<u4"), ("tokens", "<u4")])
-"""One caption: the sample it belongs to, hash of its text, length."""
+"""One caption: its sample, hash of its text, length; tokens without start and end, 0 where there is no tokenizer."""
 CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An image that is of no use, or a sample without any: where it lies, and why."""
+
+    place: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class Measured:
 
     images: npt.NDArray[np.void]
     captions: npt.NDArray[np.void]
-    broken: tuple[str, ...]
+    broken: tuple[Broken, ...]
 
 
 def measure(
@@ -61,7 +75,7 @@ def measure(
     return Measured(
         np.concatenate([part.images for part in parts]),
         np.concatenate([part.captions for part in parts]),
-        tuple(name for part in parts for name in part.broken),
+        tuple(fault for part in parts for fault in part.broken),
     )
 
 
@@ -82,24 +96,37 @@ class _Chunks(Dataset[Measured | UserError]):
     def _measure(self, samples: Sequence[int]) -> Measured:
         images: list[tuple[int, ...]] = []
         captions: list[tuple[int, ...]] = []
-        broken: list[str] = []
-        for i in samples:
-            for text in self.source.texts(i):
-                captions.append((i, text_hash(text), len(text), self.tokenizer.count(text) if self.tokenizer else 0))
-            try:
-                document = self.source.document(i, key(0, i))
-                found, label = document.images, document.meta.get("label", -1)
-            except BrokenImage as error:
-                broken.append(f"{self.source.name(i)} ({error})")
-                images.append((i, 0, 0, 0, 0, -1))
+        broken: list[Broken] = []
+        for i, texts, document in self._read(samples):
+            for text in texts:
+                captions.append((i, text_hash(text), len(text), self._tokens(text)))
+            if isinstance(document, BrokenImage):
+                broken.append(Broken(self.source.name(i), str(document)))
+                images.append((i, 0, 0, 0, 0, 0, -1))
                 continue
-            for data in found:
+            label = document.meta.get("label", -1)
+            for data in document.images:
                 try:
-                    images.append((i, _hash(data), *_looks(data), label))
+                    images.append((i, _hash(data), len(data), *_looks(data), label))
                 except BrokenImage as error:
-                    broken.append(f"{self.source.name(i)} ({error})")
-                    images.append((i, _hash(data), 0, 0, 0, label))
+                    broken.append(Broken(self.source.name(i), str(error)))
+                    images.append((i, _hash(data), len(data), 0, 0, 0, label))
         return Measured(np.array(images, IMAGE), np.array(captions, CAPTION), tuple(broken))
+
+    def _tokens(self, text: str) -> int:
+        return self.tokenizer.count(text) - 2 if self.tokenizer else 0
+
+    def _read(self, samples: Sequence[int]) -> Iterator[tuple[int, list[str], Document | BrokenImage]]:
+        """Yield every sample with its texts and its document; many are on their way at once where reading is slow."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            read = pool.map if self.source.is_remote else map
+            yield from zip(samples, read(self.source.texts, samples), read(self._document, samples), strict=True)
+
+    def _document(self, i: int) -> Document | BrokenImage:
+        try:
+            return self.source.document(i, key(0, i))
+        except BrokenImage as error:
+            return error
 
 
 def _looks(data: bytes) -> tuple[int, int, int]:

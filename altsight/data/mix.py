@@ -54,6 +54,9 @@ def mix(config: MixConfig, progress: Progress = silent) -> Prepared:
         raise UserError("a mixture takes two or more prepared folders, each once: name them.")
     if len(weights) != len(parts) or not all(0 < weight < float("inf") for weight in weights):
         raise UserError(f"{len(parts)} sources take {len(parts)} weights above 0: --weights {weights} does not fit.")
+    for source, part in zip(config.sources, parts, strict=True):
+        if isinstance(part.source, Mixture):
+            raise UserError(f"'{source}' is itself a mixture: name the folders that it draws from instead.")
     classes = tuple(sorted({name for part in parts for name in part.classes}))
     mixture = Mixture(tuple(part.source for part in parts), weights, classes)
     survey = Survey(mixture, progress)

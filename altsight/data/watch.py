@@ -31,7 +31,7 @@ class Board:
 
     def note(self, worker: int, stage: int, sample: int = 0) -> None:
         """Write down what `worker` begins to do."""
-        self.rows[worker] = torch.tensor((stage, sample, time.monotonic_ns()))
+        self.rows.numpy()[worker] = stage, sample, time.monotonic_ns()
 
     def tell(self, worker: int, name: Callable[[int], str]) -> str:
         """Return in words what `worker` is doing; `name` says where a sample lies."""

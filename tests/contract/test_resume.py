@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[2]
 SAMPLES, HALF = 16 * 40, 16 * 20
 
 
-def start(method: str, data: Path, out: Path) -> subprocess.Popen[bytes]:
-    """Start resume_worker.py."""
+def start(method: str, data: Path, out: Path, samples: int = SAMPLES, every: int = HALF) -> subprocess.Popen[bytes]:
+    """Start resume_worker.py: train `samples` samples, with a checkpoint at every multiple of `every`."""
     command = [sys.executable, str(Path(__file__).with_name("resume_worker.py")), method]
-    command += [str(data), str(out), str(SAMPLES), str(HALF)]
+    command += [str(data), str(out), str(samples), str(every)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

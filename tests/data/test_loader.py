@@ -215,6 +215,11 @@ def test_a_batch_that_the_ranks_cannot_share(source: Pairs) -> None:
         next(iter(loader(source).batches(World(0, 3), 0, 8)))
 
 
+def test_fewer_workers_than_none(source: Pairs) -> None:
+    with pytest.raises(UserError, match="-1 processes cannot decode"):
+        next(iter(loader(source, workers=-1).batches(World(), 0, 8)))
+
+
 @pytest.mark.parametrize(
     ("batch", "size", "words"), [(11, 10, "at most 10"), (0, 10, "1 or more"), (1, 0, "prepare more")]
 )

@@ -76,6 +76,7 @@ def test_mistakes_in_a_mixture(parts: list[Path], tmp_path: Path) -> None:
         (MixConfig((parts[0], parts[1]), tmp_path / "m", (1.0,)), "2 sources take 2 weights above 0"),
         (MixConfig((parts[0], parts[1]), tmp_path / "m", (1.0, 0.0)), "2 sources take 2 weights above 0"),
         (MixConfig((parts[0], parts[1]), tmp_path / "shards"), "holds other files"),
+        (MixConfig((parts[0], mixed(parts, tmp_path / "inner").directory), tmp_path / "m"), "is itself a mixture"),
     ]
     for config, words in cases:
         with pytest.raises(UserError, match=words):

@@ -11,7 +11,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from altsight.core.errors import UserError
@@ -110,24 +109,28 @@ def test_all_damaged_shards_are_named_at_once_and_can_be_left_out(config: Prepar
         prepare(replace(config, skip_damaged=True))
 
 
-def test_killed_and_called_again_it_goes_on(tmp_path: Path, write_shards: WriteShards) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
+def test_stopped_and_called_again_it_goes_on(tmp_path: Path, write_shards: WriteShards, how: signal.Signals) -> None:
     data = write_shards(tmp_path / "data", 6000, 300)
     command = [sys.executable, "-m", "altsight", "prepare", str(data), "--out", str(tmp_path / "out")]
     command += ["--vocab-size", "300", "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     work = tmp_path / ".out.parts"
     while len(list(work.glob("*.json"))) < 3:
         assert process.poll() is None
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    said = process.communicate(timeout=60)[1]
+    if how is not signal.SIGKILL:
+        assert process.returncode == 130
+        assert said.splitlines()[-1].endswith("run the same command again to go on with the shards that are left.")
+        assert "Traceback" not in said
     known = len(list(work.glob("*.json")))
     assert 3 <= known < 20
     assert not (tmp_path / "out").exists()
     config = PrepareConfig(str(data), tmp_path / "out", vocab_size=300)
-    seen = read_in(config)
-    assert seen[0] == known + 1
+    assert read_in(config)[0] == known + 1
     whole = prepare(replace(config, out=tmp_path / "whole"))
-    assert np.array_equal(rows(open_prepared(tmp_path / "out")), rows(whole))
+    assert rows(open_prepared(tmp_path / "out")) == rows(whole)
     assert {path.name for path in tmp_path.iterdir()} == {"data", "out", "whole"}
