@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +40,11 @@ class Layout:
     labelled: bool = False
 
 
-def find_layout(source: str, listing: Path, image_field: str = "") -> Layout:
+def find_layout(source: str, image_field: str = "", listing: Path | None = None) -> Layout:
     """Return the shards that `source` names: files, patterns, a folder, local or remote.
 
-    listing: where the list of images is written if it is a folder of images.
+    listing: where the list of images is written if it is a folder of images; without it, to a temporary file that
+    lives as long as this process.
 
     Raises:
         UserError: nothing is there that can be read.
@@ -49,7 +52,7 @@ def find_layout(source: str, listing: Path, image_field: str = "") -> Layout:
     if not files.is_remote(source) and Path(source).is_dir():
         _refuse_splits(Path(source))
         if not any(_kind(name) for name in os.listdir(source)):
-            return _image_folder(source, listing)
+            return _image_folder(source, listing or _temporary_listing())
     paths = files.expand(source, tuple(KINDS))
     kind = next(kind for kind in KINDS.values() if any(_kind(path) == kind for path in paths))
     paths = [path for path in paths if _kind(path) == kind]
@@ -76,7 +79,7 @@ def find_image_shards(source: str, image_field: str = "") -> tuple[Shard, ...]:
         return ()
     if files.is_remote(source) and source.endswith("/"):
         return ()
-    return find_layout(source, Path(os.devnull), image_field).shards
+    return find_layout(source, image_field).shards
 
 
 def _kind(path: str) -> str | None:
@@ -122,6 +125,12 @@ def _image_folder(source: str, listing: Path) -> Layout:
             file.write(json.dumps(row) + "\n")
     shard = _shard(str(listing), files.stamp(str(listing)), "jsonl", "path")
     return Layout((shard,), os.path.abspath(source), True, labelled)
+
+
+def _temporary_listing() -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="altsight-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name) / LISTING
 
 
 def _images_below(folder: str) -> Iterator[str]:

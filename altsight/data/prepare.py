@@ -18,6 +18,7 @@ from tyro.conf import Positional
 from altsight.core.config import to_dict
 from altsight.core.errors import UserError
 from altsight.data import files, totals
+from altsight.data.cache import Cache
 from altsight.data.captions import Captions
 from altsight.data.documents import Sampling, read_document
 from altsight.data.folder import appears_whole, check_out, home_of, writing
@@ -41,9 +42,12 @@ from altsight.data.prepared import (
     write_shards,
 )
 from altsight.data.scan import Reading, Scanned, first_record, scan_shard
-from altsight.data.sources import Pairs
+from altsight.data.sources import Pairs, Source
 from altsight.data.survey import SURVEYED, Progress, Survey, percentiles, silent, spread
 from altsight.data.text import Tokenizer, load_tokenizer, train_tokenizer
+
+KEPT_BYTES = 2**32
+"""Size of the cache that `prepare` itself uses."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +120,15 @@ def prepare(config: PrepareConfig, progress: Progress = silent) -> Prepared:
     known = load_tokenizer(config.tokenizer) if config.tokenizer and not config.images_only else None
     work = home_of(config.out) / f".{config.out.resolve().name}.parts"
     with appears_whole(config.out) as folder:
-        layout = find_layout(config.source, folder / LISTING, config.image)
+        layout = find_layout(config.source, config.image, folder / LISTING)
         parts = Parts(work, _reading(config, layout), _old_rows(config))
         scanned = parts.scan(layout.shards, config.processes, config.skip_damaged, progress)
         try:
             totals.require(scanned, config.source, parts.reading, config.needs_text and not layout.images_alone)
             contents = _write(config, folder, layout, parts, scanned, progress)
-            _complete(config, folder, contents, known, _old_tokenizer(config, parts), progress)
+            # Remote blocks and row groups that the look at the data takes twice are fetched once.
+            source = open_prepared(folder).source.cached(Cache(work / "blocks", KEPT_BYTES))
+            _complete(config, folder, source, contents, known or _old_tokenizer(config, parts), progress)
         except UserError:
             parts.remove()
             raise
@@ -137,7 +143,8 @@ def read_pairs(source: str, captions: Sequence[str] = ("{txt}",), label: str = "
         UserError: the source, the captions or the label cannot be used.
     """
     reading = Reading(Captions(tuple(captions)), label)
-    layout = find_layout(source, Path(os.devnull))
+    layout = find_layout(source)
+    reading = replace(reading, label=label or ("label" if layout.labelled else ""))
     rows: list[Rows] = []
     scanned = [scan_shard(shard, reading, rows.append) for shard in layout.shards]
     totals.require(scanned, source, reading, needs_text=False)
@@ -226,16 +233,14 @@ def _write_store(config: PrepareConfig, store: Path, shards: Sequence[Shard], pr
 def _complete(
     config: PrepareConfig,
     folder: Path,
+    source: Source,
     contents: Contents,
-    known: Tokenizer | None,
-    old: Tokenizer | None,
+    tokenizer: Tokenizer | None,
     progress: Progress,
 ) -> None:
     """Look at the data as a run will see them; add the tokenizer and the statistics of the text."""
-    source = open_prepared(folder).source
     totals.require_images(source)
     survey = Survey(source, progress)
-    tokenizer = known or old
     if tokenizer is None and contents.statistics["captions"]:
         tokenizer = train_tokenizer(survey.texts(), config.vocab_size)
     rows = np.load(folder / INDEX, mmap_mode="r")

@@ -16,7 +16,7 @@ from altsight.data.sources import Source
 from altsight.data.text import Tokenizer
 
 PERCENTILES = (0, 1, 5, 50, 95, 99, 100)
-SURVEYED = 400_000
+SURVEYED = 100_000
 """Samples that are looked at, in blocks spread evenly over the data; all of them where there are no more."""
 THREADS = 16
 """Remote samples that are read at once."""

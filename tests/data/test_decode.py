@@ -248,6 +248,15 @@ def test_a_rotated_jpeg_is_upright_at_every_scale(picture: Picture) -> None:
     assert difference(reduced, F.avg_pool2d(full.float(), 4)) < 2
 
 
+def test_exif_behind_padding_is_found(picture: Picture) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = picture(5, (40, 24), "JPEG", exif=exif)
+    padded = data.replace(b"\xff\xe1", b"\xff\xff\xff\xe1", 1)
+    assert len(padded) == len(data) + 2
+    assert torch.equal(decode(padded), decode(data))
+
+
 def test_damaged_exif_does_not_lose_the_picture(picture: Picture) -> None:
     plain, with_exif = (
         picture(6, (32, 32), "JPEG", exif=exif) for exif in (b"", b"Exif\0\0II*\0\xff\xff\xff\xff\1\2\3")

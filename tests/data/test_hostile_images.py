@@ -191,6 +191,14 @@ def test_a_jpeg_of_a_thousand_passes_is_refused(version: bytes) -> None:
         decode(data[:-2] + data[last:-2] * 1000 + b"\xff\xd9")
 
 
+def test_passes_are_counted_in_a_jpeg_of_one_scan_for_each_colour(picture: Picture) -> None:
+    data = picture(0, (3000, 3000), "JPEG")
+    start = data.index(b"\xff\xda")
+    one_colour = b"\xff\xda\0\x08\1\1\0\0\x3f\0" + data[start + 14 : start + 30]
+    with pytest.raises(BrokenImage, match="1,000 scans"):
+        decode(data[:start] + one_colour * 1000 + b"\xff\xd9")
+
+
 EDITS = st.tuples(
     st.sampled_from(["put", "cut", "insert"]),
     st.floats(0, 1, exclude_max=True),

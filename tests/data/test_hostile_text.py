@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ def test_any_bytes_parse_as_a_run_of_members(data: bytes) -> None:
 
 
 def scanned(path: Path) -> Index:
-    layout = find_layout(str(path), Path(os.devnull))
+    layout = find_layout(str(path))
     rows: list[Rows] = []
     shards = [scan_shard(shard, Reading(documents=False), rows.append).shard for shard in layout.shards]
     return Index(tuple(shards), np.concatenate(rows))

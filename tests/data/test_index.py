@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import tarfile
 from dataclasses import replace
@@ -25,7 +24,7 @@ from tests.data.conftest import WriteShards, WriteTar
 
 def indexed(source: str | Path) -> Index:
     """Return the index of the shards at `source`, which may hold no sample at all."""
-    layout = find_layout(str(source), Path(os.devnull))
+    layout = find_layout(str(source))
     rows: list[Rows] = []
     scanned = [scan_shard(shard, Reading(), rows.append) for shard in layout.shards]
     return Index(tuple(found.shard for found in scanned), np.concatenate(rows))

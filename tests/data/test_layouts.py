@@ -154,6 +154,8 @@ def test_a_folder_for_each_class(pictures: list[bytes], tmp_path: Path) -> None:
     documents = [prepared.source.document(i, key(0, i)) for i in range(COUNT)]
     assert [document.images for document in documents] == [(pictures[i],) for i in order]
     assert [document.meta["label"] for document in documents] == [0] * 6 + [1] * 6
+    pairs = read_pairs(str(tmp_path / "tree"))  # as a task of an evaluation is read, without writing there
+    assert (len(pairs), pairs.classes, pairs.image(6)) == (COUNT, ("cat", "dog"), documents[6].images[0])
     moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
     assert open_prepared(moved).source.document(0, key(0, 0)).images == (pictures[0],)
 

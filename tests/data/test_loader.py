@@ -104,13 +104,13 @@ def test_a_sample_looks_different_when_it_comes_again(reference: list[Batch]) ->
     assert not torch.equal(images[first], images[again])
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4, 8])
 def test_world_size_changes_nothing(source: Pairs, reference: list[Batch], world: int) -> None:
     assert_same(run(source, world), reference)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
 def test_workers_change_nothing(source: Pairs, reference: list[Batch], workers: int) -> None:
     assert_same(run(source, workers=workers), reference)
 
