@@ -15,6 +15,7 @@ import torch
 from altsight.core.config import read_json
 from altsight.core.errors import UserError
 from altsight.data.index import Index
+from altsight.data.mix import MixConfig, mix
 from altsight.data.prepare import PrepareConfig, prepare
 from altsight.data.prepared import Prepared
 from altsight.data.sources import Pairs
@@ -105,6 +106,23 @@ def other_data(folder: Path) -> Prepared:
     """Return the same sample data prepared with other captions."""
     source = str(altsight_samples.path("clipart", "train"))
     return prepare(PrepareConfig(source, folder / "other", ("{tags}",), "label", vocab_size=300))
+
+
+@pytest.mark.parametrize("method", ["clip", "mug"])
+def test_pairs_and_documents_feed_one_run_which_goes_on_exactly(
+    method: str, sample_data: Prepared, tmp_path: Path
+) -> None:
+    prepare(PrepareConfig(str(altsight_samples.documents()), tmp_path / "docs", as_pairs=True))
+    mixed = mix(MixConfig((sample_data.directory, tmp_path / "docs"), tmp_path / "mixed", (3.0, 1.0), vocab_size=2048))
+    run = tiny_run(method, mixed.directory, 16 * 12, batch=16, checkpoint_every=16 * 5)
+    whole = pretrain(run, mixed, tmp_path / "whole")
+    sources = [mixed.source.order(0).sample(p) >= len(sample_data.source) for p in range(16 * 12)]
+    assert 0.1 < sum(sources) / len(sources) < 0.4
+    for newest in sorted((tmp_path / "whole" / "checkpoints").glob("*192*")):
+        newest.unlink()
+    (tmp_path / "whole" / "summary.json").unlink()
+    again = pretrain(with_data(run, workers=2), mixed, tmp_path / "whole")
+    assert (again.sample_hash, again.final_loss) == (whole.sample_hash, whole.final_loss)
 
 
 def test_a_damaged_checkpoint_costs_only_what_came_after_the_one_before(
