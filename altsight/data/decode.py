@@ -29,7 +29,7 @@ MAX_PIXELS = 100_000_000
 MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
 """A JPEG whose pixels times scans are more is refused: an empty scan takes 10 bytes, but a pass over all pixels."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "ICO", "PPM", "AVIF", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "ICO", "PPM", "JPEG2000", "AVIF")
 """What Pillow may read. Its other readers are of no use here, and some start programs (EPS) or are little tested."""
 
 Pixels = npt.NDArray[np.uint8]

@@ -82,6 +82,13 @@ def test_boxes_of_tiny_images_lie_inside(size: tuple[int, int]) -> None:
         assert (top + height <= size[0], left + width <= size[1]) == (True, True)
 
 
+def test_every_place_is_as_likely_as_the_others() -> None:
+    ninth = Crop((1 / 9, 1 / 9), (1.0, 1.0))
+    boxes = [ninth.box(3, 3, key(0, p)) for p in range(900)]
+    assert {box[2:] for box in boxes} == {(1, 1)}
+    assert stats.chisquare([boxes.count((top, left, 1, 1)) for top in range(3) for left in range(3)]).pvalue > 1e-3
+
+
 def test_a_crop_is_a_function_of_its_key(picture: Picture) -> None:
     data = picture(1, (60, 40), "JPEG")
     first = Crop()(data, 16, key(0, 5))
@@ -96,10 +103,10 @@ def test_the_whole_image_half_of_the_time_flipped(picture: Picture) -> None:
     data = picture(2, (32, 32))
     image = decode(data)
     whole = Crop((1.0, 1.0), (1.0, 1.0))
-    crops = [whole(data, 32, key(0, p)) for p in range(200)]
+    crops = [whole(data, 32, key(0, p)) for p in range(1000)]
     flipped = sum(torch.equal(crop, image.flip(-1)) for crop in crops)
-    assert sum(torch.equal(crop, image) for crop in crops) + flipped == 200
-    assert 65 < flipped < 135  # 100 plus or minus five standard deviations
+    assert sum(torch.equal(crop, image) for crop in crops) + flipped == 1000
+    assert 450 < flipped < 550  # 500 plus or minus three standard deviations
     unflipped = Crop((1.0, 1.0), (1.0, 1.0), flip=False)
     assert all(torch.equal(unflipped(data, 32, key(0, p)), image) for p in range(20))
 
@@ -135,7 +142,7 @@ def test_a_reduced_view_is_close_to_that_from_all_pixels(
         top, left, height, width = crop.box(opened.height, opened.width, key(0, p))
         edges = (left, top, left + width, top + height)
         moved = [min(reduction * int(e / reduction + 0.5), opened.size[i % 2]) for i, e in enumerate(edges)]
-        expected = np.asarray(opened.resize((size, size), Image.Resampling.BICUBIC, moved)).astype(float)
+        expected = np.asarray(opened.crop(moved).resize((size, size), Image.Resampling.BICUBIC)).astype(float)
         errors.append(((crop(data, size, key(0, p)).permute(1, 2, 0).numpy() - expected) ** 2).mean())
     assert 10 * np.log10(255**2 / np.mean(errors)) > decibels
 
