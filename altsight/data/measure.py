@@ -104,6 +104,9 @@ class _Chunks(Dataset[Measured | UserError]):
                 broken.append(Broken(self.source.name(i), str(document)))
                 images.append((i, 0, 0, 0, 0, 0, -1))
                 continue
+            for reason in document.meta.get("missing", ()):
+                broken.append(Broken(self.source.name(i), reason))
+                images.append((i, 0, 0, 0, 0, 0, -1))
             label = document.meta.get("label", -1)
             for data in document.images:
                 try:

@@ -143,16 +143,16 @@ class Pairs:
         return as_text(look_up(fields, self.label)) if self.label else ""
 
     def _image(self, record: Record) -> bytes:
-        return find_image(record.image, self.images)
+        if isinstance(record.image, bytes):
+            return record.image
+        return find_image((record.image,) if record.image else (), self.images)
 
 
-def find_image(image: bytes | str | None, images: Images | None) -> bytes:
-    """Return an image that is given by its bytes, or by its name in `images`; BrokenSample where there is none."""
-    if isinstance(image, bytes):
-        return image
-    if images is None or image is None:
+def find_image(names: tuple[str, ...], images: Images | None) -> bytes:
+    """Return the image that goes by one of `names`; BrokenSample where there is none, or nowhere to look for it."""
+    if images is None or not names:
         raise BrokenSample("it has no image")
-    return images.get((image,))
+    return images.get(names)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Interleaves:
     def document(self, i: int, at: Key) -> Document:
         """Return document `i`: texts and images in reading order, or one image and its sentence.
 
-        Images that cannot be found are left out; BrokenSample where none is left.
+        Images that cannot be found are left out, and meta says why (`missing`); BrokenSample where none is left.
         """
         document = self.interleaved(i)
         drawn: list[str | Placed] = []
@@ -192,10 +192,15 @@ class Interleaves:
             drawn = [] if chosen is None else [chosen[1], chosen[0]]
         else:
             drawn = sample(document, self.sampling, at)
-        parts = tuple(part for part in map(self._part, drawn) if part is not None)
+        parts, missing = list[Text | Image](), list[str]()
+        for part in drawn:
+            try:
+                parts.append(self._part(part))
+            except BrokenSample as error:
+                missing.append(str(error))
         if not any(isinstance(part, Image) for part in parts):
-            raise BrokenSample("no image of it is similar enough to its text, or can be found")
-        return Document(parts, self.name(i))
+            raise BrokenSample(missing[0] if missing else "no image of it is similar enough to its text")
+        return Document(tuple(parts), self.name(i), {"missing": missing} if missing else {})
 
     def interleaved(self, i: int) -> Interleaved:
         """Return all of document `i`; BrokenSample where it cannot be read."""
@@ -227,15 +232,5 @@ class Interleaves:
         """Return the source with its remote blocks kept in `cache`."""
         return replace(self, index=self.index.cached(cache), images=self.images and self.images.cached(cache))
 
-    def _part(self, part: str | Placed) -> Text | Image | None:
-        if isinstance(part, str):
-            return Text(as_text(part))
-        try:
-            return Image(part.data or self._find(part.names))
-        except BrokenSample:
-            return None
-
-    def _find(self, names: tuple[str, ...]) -> bytes:
-        if self.images is None:
-            raise BrokenSample("the documents name images, and none were given")
-        return self.images.get(names)
+    def _part(self, part: str | Placed) -> Text | Image:
+        return Text(as_text(part)) if isinstance(part, str) else Image(part.data or find_image(part.names, self.images))

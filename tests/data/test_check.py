@@ -282,6 +282,19 @@ def test_data_that_cannot_be_trained_on(tmp_path: Path, prepared: Prepared, writ
         check(prepare(PrepareConfig(str(broken), tmp_path / "out", vocab_size=300)), 1, 10)
 
 
+def test_images_that_documents_name_and_nobody_has_are_counted(tmp_path: Path, picture: Picture) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(picture(0))
+    info = [{"image_name": f"{n}.png", "matched_text_index": n} for n in range(3)]
+    document = json.dumps({"text_list": ["a", "b", "c"], "image_info": info})
+    (tmp_path / "d.jsonl").write_text(f"{document}\n{document}\n")
+    prepared = prepare(PrepareConfig(str(tmp_path / "d.jsonl"), tmp_path / "out", vocab_size=300))
+    images = check(prepared, 1, 10).images
+    assert (images.count, images.broken, images.unusable) == (2, 4, 0)
+    assert sum(fault.count for fault in images.faults) == 4
+    assert "there is no image" in images.faults[0].reason
+
+
 def test_no_sample_has_both_an_image_and_a_caption(tmp_path: Path, picture: Picture, write_tar: WriteTar) -> None:
     write_tar(tmp_path / "x.tar", {"0.png": picture(), "1.png": b"no image", "1.txt": b"words"})
     with pytest.raises(UserError, match="none of the 2 samples"):
