@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
+from altsight.core.errors import UserError
 from altsight.core.rng import Key
 
 
@@ -58,6 +59,10 @@ class Sampling:
     min_similarity: float = 0.24
     max_images: int = 6
     before: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.max_images < 1:
+            raise UserError(f"documents of at most {self.max_images} images hold none: use --max-images 1 or more.")
 
 
 def read_document(fields: Mapping[str, Any]) -> Interleaved | None:

@@ -55,8 +55,7 @@ class PrepareConfig:
     """What `altsight prepare` reads and writes."""
 
     source: Positional[str]
-    """Shards (tar, parquet, arrow, csv, tsv, jsonl): a file, a folder, a quoted pattern ("s3://b/{0000..9999}.tar")
-    or several joined by "::"; or a folder of images."""
+    """A file (tar, parquet, arrow, csv, tsv, jsonl), a folder of them, a quoted pattern, or a folder of images."""
     out: Path
     """The folder to write; one that was prepared before is replaced, and shards that it knows are not read again."""
     captions: tuple[str, ...] = ("{txt}",)
@@ -72,8 +71,7 @@ class PrepareConfig:
     image: str = ""
     """Column of a table that holds the image or its path; empty: the usual names are looked for."""
     images: str = ""
-    """Where images lie that the source only names: a folder (a remote one ends in "/"), or shards of them; empty:
-    beside the source."""
+    """Where images lie that the source only names: a folder (a remote one ends in "/") or shards; empty: beside it."""
     as_pairs: bool = False
     """Interleaved documents: serve one image with its sentence, for methods that learn from pairs."""
     min_similarity: float = 0.24

@@ -33,8 +33,7 @@ class DataConfig:
     max_bad_fraction: float = 0.05
     """The run stops when more than this share of the samples seen had to be replaced (looked at from 1,000 on)."""
     cache: str = ""
-    """Folder for local copies of remote blocks and of Parquet row groups, shared by all runs; empty: the user's own
-    cache folder."""
+    """Folder for local copies of remote blocks and Parquet row groups; empty: altsight's in the user's cache folder."""
     cache_gb: float = 16.0
     """Size that the cache keeps to; 0: none, every remote sample is read on its own."""
     stall_limit: float = 600.0

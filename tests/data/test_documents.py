@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from altsight.core.errors import UserError
 from altsight.core.rng import Key, key
 from altsight.data.documents import Interleaved, Placed, Sampling, pair, read_document, sample
 
@@ -247,3 +248,8 @@ def test_the_sample_documents_are_read_whole() -> None:
         assert [image.sentence for image in images] == sorted(matched)[:6]
         for image in images:
             assert document.texts[image.sentence] in parts[max(parts.index(image) - 1, 0) :][:3]
+
+
+def test_documents_without_images_are_refused() -> None:
+    with pytest.raises(UserError, match="--max-images 1 or more"):
+        Sampling(max_images=0)
