@@ -6,12 +6,14 @@ the number of workers or ranks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -200,10 +202,13 @@ class Loader:
             generator=torch.Generator(),
         )
 
-    def _next(self, batches: Iterator[Batch | UserError], board: Board, worker: int) -> Batch:
+    def _next(self, batches: Any, board: Board, worker: int) -> Batch:
         try:
-            batch = next(batches)
+            batch: Batch | UserError = next(batches)
         except RuntimeError as error:
+            # Now, and not when it is collected: torch would raise the same again there, where nobody can catch it.
+            with contextlib.suppress(RuntimeError):
+                batches._shutdown_workers()
             if "timed out" in str(error):
                 raise _stalled(board.tell(worker, self.source.name), self.limit) from None
             if "exited unexpectedly" in str(error) or "is killed by signal" in str(error):

@@ -158,7 +158,8 @@ def test_a_whole_bomb_is_refused_from_the_header(side: int, grown: Grown) -> Non
 def test_the_largest_picture_takes_bounded_memory(grown: Grown) -> None:
     side = 9_999
     assert decode(png((side, side), 1, 0, zeros(13))).shape == (3, side, side)
-    assert grown() < 12 * MAX_PIXELS  # Pillow's 4 bytes for each, and twice the 3 that are handed on
+    # Pillow's 1 and 4 bytes for each pixel, and twice the 3 that are handed on; the process itself breathes by some MB.
+    assert grown() < 11 * MAX_PIXELS + 200 * MEGABYTE
 
 
 TINY = zlib.compress(bytes(16 * 49))
