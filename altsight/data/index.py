@@ -121,16 +121,18 @@ class Index:
         at, size = int(row["at"]), int(row["size"])
         if self.cache is None or not files.is_remote(shard.path):
             data = files.read(shard.path, at, size)
+            if checksum(data) == row["check"]:
+                return data
         else:
             name, start, stop = self._block(i, shard)
             fetch = functools.partial(files.read, shard.path, start, stop - start)
-            data = self.cache.read(name, at - start, size, fetch)
-            if checksum(data) != row["check"]:
-                self.cache.drop(name)
+            for again in (False, True):  # a block that was damaged on its way, or in the cache, is fetched once more
+                if again:
+                    self.cache.drop(name)
                 data = self.cache.read(name, at - start, size, fetch)
-        if checksum(data) != row["check"]:
-            raise BrokenSample("the bytes are not those that were indexed")
-        return data
+                if checksum(data) == row["check"]:
+                    return data
+        raise BrokenSample("the bytes are not those that were indexed")
 
     def _block(self, i: int, shard: Shard) -> tuple[str, int, int]:
         """Return the name and the bytes start..stop of the block of neighbours that sample `i` is read with."""
