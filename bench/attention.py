@@ -49,7 +49,9 @@ def main() -> None:
         for arm in demo_plan().arms:
             run = demo_plan().run(arm, 0, 64)
             method = build(run, Corpus(prepared.tokenizer, prepared.classes))
-            loader = Loader(prepared.source, prepared.source.order(0), method.prepare(run.data.crop), 64)
+            loader = Loader(
+                prepared.source, prepared.source.order(0), method.prepare(run.data.crop, run.encoder.img_size), 64
+            )
             batch, _ = next(loader.batches(World(), 0, 64))
             for dtype in (torch.float32, torch.bfloat16):
                 fused = speed(method, batch, dtype, nullcontext())

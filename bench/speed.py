@@ -40,7 +40,9 @@ def loader_speed(prepared: Prepared, workers: int) -> float:
     """Return samples per second of the loader with the crops of the demo."""
     run = demo_plan().run("clip", 0, 10**9)
     method = build(run, Corpus(prepared.tokenizer, prepared.classes))
-    loader = Loader(prepared.source, prepared.source.order(0), method.prepare(run.data.crop), 64, workers)
+    loader = Loader(
+        prepared.source, prepared.source.order(0), method.prepare(run.data.crop, run.encoder.img_size), 64, workers
+    )
     batches = loader.batches(World(), 0, 64 * (WARMUP + 2 * STEPS))
     for _ in range(WARMUP):
         next(batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import cattrs
 from cattrs import transform_error
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimizer (any of timm's), schedule (linear warm-up, then cosine to `min_lr`, per step), clipping, EMA."""
+    """Optimizer (any of timm's), schedule (linear warm-up, then down to `min_lr`, per step), clipping, EMA."""
 
     name: str = "adamw"
     lr: float = 1.5e-4
@@ -29,9 +29,24 @@ class OptimConfig:
     eps: float = 1e-8
     warmup_fraction: float = 0.05
     """Share of the run's samples that the warm-up takes."""
+    warmup_lr: float = 0.0
+    """Learning rate of the very first step."""
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    """What follows the warm-up; step: a tenth from the share `step_at` of the run on."""
+    step_at: float = 0.875
     min_lr: float = 0.0
+    final_weight_decay: float | None = None
+    """Weight decay at the end, reached on a half cosine (DINO); None: it stays."""
+    decay_all: bool = False
+    """Let biases, norms and tokens decay as well (MoCo v3, SimSiam)."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each layer of the encoder to the one below it."""
+    lookahead: int = 0
+    """Steps between the slow updates of Lookahead around the optimizer (VirTex: 5); 0: none."""
     clip_norm: float = 0.0
-    """Largest norm of the whole gradient; 0 switches clipping off."""
+    """Largest norm of the gradient; 0 switches clipping off."""
+    clip: Literal["whole", "tensor"] = "whole"
+    """Whether the norm is that of the whole gradient, or each tensor is clipped by its own (DINO)."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, kept beside them and used for evaluation; 0: none."""
 

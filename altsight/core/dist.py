@@ -6,6 +6,8 @@ Every function is the identity in a single process, so callers never ask whether
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -29,9 +31,23 @@ class World:
         return self.rank == 0
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Run the body as if there were no other ranks: nothing is communicated."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def world() -> World:
     """Return the place of this process; (0, 1, 0) where no group was started."""
-    if not (td.is_available() and td.is_initialized()):
+    if _alone or not (td.is_available() and td.is_initialized()):
         return World()
     return World(td.get_rank(), td.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -99,6 +115,21 @@ class _Gather(torch.autograd.Function):
         td.all_reduce(grad)
         start = world().rank * ctx.rows
         return grad[start : start + ctx.rows]
+
+
+def gather_rows(x: Tensor) -> tuple[Tensor, int]:
+    """Concatenate `x` (n, ...) over ranks whose n differ, with the exact gradient.
+
+    Returns:
+        (the rows of all ranks in rank order, the place of this rank's first row among them).
+    """
+    if world().size == 1:
+        return x, 0
+    counts = gather(torch.tensor([len(x)], device=x.device)).tolist()
+    padded = torch.cat([x, x.new_zeros((max(counts) - len(x), *x.shape[1:]))])
+    parts = gather(padded).split(max(counts)) if max(counts) else [x] * len(counts)
+    rows = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return rows, sum(counts[: world().rank])
 
 
 def gather(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,10 @@ class Batch:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def get(self, name: str) -> Tensor | None:
+        """Return the tensor called `name`, or None where the batch has none."""
+        return self.tensors.get(name)
+
     def part(self, start: int, stop: int) -> Batch:
         """Return samples start..stop (a view, no copy)."""
         tensors = {name: t[start:stop] for name, t in self.tensors.items()}
@@ -80,11 +85,33 @@ class Batch:
         return Batch(tensors, self.positions, self.samples, self.bad)
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: `step` of `steps` optimizer steps are done."""
+
+    step: int
+    steps: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        return min(self.step / max(self.steps, 1), 1.0)
+
+    def cosine(self, start: float, end: float) -> float:
+        """Return the value on a half cosine from `start` at the first step to `end` after the last."""
+        return end + (start - end) * (1 + math.cos(math.pi * self.fraction)) / 2
+
+    def ramp(self, start: float, end: float, until: float) -> float:
+        """Return the value on a line from `start` at the first step to `end` at the share `until`, then `end`."""
+        return end if self.fraction >= until else start + (end - start) * self.fraction / until
+
+
 @dataclass(slots=True)
 class Outputs:
     """What `Method.embed` hands to the loop for one micro-batch.
 
-    shared: tensors with the micro-batch along dimension 0 that `Method.loss` compares across the global batch.
+    shared: tensors of rows that `Method.loss` compares across the global batch. The rows of consecutive micro-batches
+        are put one after the other; how many rows a sample has is up to the method (its crops, its masked patches).
     local: name -> the *sum* of that loss over the micro-batch (0-d, fp32); the loop divides it by the global count
         of the same name from `Method.counts`.
     """

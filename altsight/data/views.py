@@ -110,6 +110,21 @@ def random_keep(patches: int, ratio: float, at: Key) -> Tensor:
 
 
 def normalize(images: Tensor, name: str) -> Tensor:
-    """Map uint8 (B, 3, H, W) to fp32 with the mean and standard deviation of `NORMALIZATIONS[name]`."""
+    """Map uint8 (B, 3, H, W), or fp32 in [0, 1], to the mean and standard deviation of `NORMALIZATIONS[name]`."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in NORMALIZATIONS[name])
-    return (images.float() / 255 - mean) / std
+    unit = images.float() / 255 if images.dtype == torch.uint8 else images
+    return (unit - mean) / std
+
+
+def low_frequency_crop(images: Tensor, size: int) -> Tensor:
+    """Return images (B, C, size, size) that hold the low frequencies of `images` (B, C, H, H); size even, fp32.
+
+    The centred size x size window of the shifted spectrum (frequencies -size/2 ... size/2 - 1), transformed back and
+    scaled by (size / H)^2, so that the mean stays (EfficientTrain, Wang et al. 2023; specification 3.2).
+    """
+    full = images.shape[-1]
+    spectrum = torch.fft.fftshift(torch.fft.fft2(images.float()), dim=(-2, -1))
+    start = full // 2 - size // 2
+    window = spectrum[..., start : start + size, start : start + size]
+    small = torch.fft.ifft2(torch.fft.ifftshift(window, dim=(-2, -1))).real
+    return small * (size / full) ** 2

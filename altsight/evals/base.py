@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +17,13 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from altsight.core.errors import UserError
 from altsight.data.sources import Pairs
 from altsight.data.views import center_crop
-from altsight.nn.encoder import Encoder, FeaturePoint
-from altsight.nn.text import TextTower
+from altsight.nn.encoder import Encoded, Encoder, FeaturePoint
+from altsight.nn.text import TextEncoder
 from altsight.train.parallel import precision
 
 ImageLike = str | Path | PIL.Image.Image | np.ndarray[Any, Any] | Tensor
@@ -115,8 +115,9 @@ class View:
     encoder: Encoder
     preprocess: Preprocess
     feature_point: FeaturePoint = "mean"
-    text: TextTower | None = None
-    image_projection: nn.Module | None = None
+    text: TextEncoder | None = None
+    embed_image: Callable[[Encoded], Tensor] | None = None
+    """Encoded images -> the joint space (B, E) of a dual encoder."""
     batch_size: int = 256
     dtype: torch.dtype = torch.float32
     """bfloat16 computes the encoder in mixed precision, as it was trained; the features are fp32 in any case."""
@@ -140,31 +141,28 @@ class View:
         Args:
             images: paths, PIL images, arrays or tensors; or one uint8 tensor (n, 3, size, size).
         """
+        return self.vectors(images)[0]
+
+    def encode_image(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
+        """Return unit vectors (n, E) in the joint space of a dual encoder; without a text tower, the features."""
+        features, joint = self.vectors(images)
+        return features if joint is None else joint
+
+    @torch.inference_mode()
+    def vectors(self, images: Sequence[ImageLike] | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the features (n, D), and for a dual encoder the unit vectors (n, E) in the joint space; fp32, CPU."""
         self.encoder.eval()
-        parts = []
+        features, joint = [], []
         for start in range(0, len(images), self.batch_size):
             chunk = images[start : start + self.batch_size]
             pixels = chunk if isinstance(chunk, Tensor) else torch.stack([self._pixels(i) for i in chunk])
             with precision(self.device, self.dtype):
                 encoded = self.encoder(self.encoder.normalize(pixels.to(self.device)))
-            parts.append(self.encoder.point(encoded, self.feature_point).float().cpu())
-        return torch.cat(parts)
-
-    def encode_image(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
-        """Return unit vectors (n, E) in the joint space of a dual encoder; without a text tower, the features."""
-        features = self.features(images)
-        return self.project(features) if self.is_dual else features
-
-    @torch.inference_mode()
-    def project(self, features: Tensor) -> Tensor:
-        """Return the unit vectors (n, E) in the joint space that belong to `features` (n, D), fp32 on the CPU."""
-        parts = []
-        for chunk in features.split(self.batch_size):
-            vectors = chunk.to(self.device)
-            if self.image_projection is not None:
-                vectors = self.image_projection.eval()(vectors)
-            parts.append(F.normalize(vectors.float(), dim=-1).cpu())
-        return torch.cat(parts)
+            features.append(self.encoder.point(encoded, self.feature_point).float().cpu())
+            if self.embed_image is not None:
+                encoded = encoded.float()
+                joint.append(F.normalize(self.embed_image(encoded).float(), dim=-1).cpu())
+        return torch.cat(features), torch.cat(joint) if joint else None
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -179,7 +177,7 @@ class View:
         parts = []
         for start in range(0, len(texts), self.batch_size):
             chunk = list(texts[start : start + self.batch_size])
-            ids = self.text.tokenizer.encode_all(chunk, self.text.context).to(self.device)
+            ids = self.text.encode(chunk).to(self.device)
             parts.append(F.normalize(self.text(ids).float(), dim=-1).cpu())
         return torch.cat(parts)
 

@@ -32,11 +32,13 @@ MAX_CACHED_BYTES = 2**28
 class Extracted:
     """Features of the samples of a source whose image can be decoded.
 
-    vectors: fp32 (n, D), before any projection. kept: index of each row in the source. digests: SHA-256 of its image.
+    vectors: fp32 (n, D), before any projection. joint: unit vectors (n, E) in the joint space of a dual encoder.
+    kept: index of each row in the source. digests: SHA-256 of its image.
     """
 
     source: Pairs
     vectors: Tensor
+    joint: Tensor | None
     kept: tuple[int, ...]
     digests: tuple[str, ...]
 
@@ -86,7 +88,9 @@ def joint_vectors(view: View, split: Split) -> Tensor:
     """Return the image vectors of a dual encoder in the joint space, unit length (n, E), in the order of `extract`."""
     name = f"joint/{id(split.source)}"
     if name not in view.cache:
-        view.cache[name] = finite(view.project(extract(view, split).vectors), view)
+        joint = extract(view, split).joint
+        assert joint is not None, "only the view of a dual encoder has joint vectors"
+        view.cache[name] = finite(joint, view)
     return cast(Tensor, view.cache[name])
 
 
@@ -187,7 +191,8 @@ def _extract(view: View, split: Split) -> Extracted:
     for samples in _mine(blocks):
         block = _block(split, view.preprocess, samples)
         if block.kept:
-            vectors.append(view.features(block.pixels).numpy())
+            frozen, joint = view.vectors(block.pixels)
+            vectors.append((frozen.numpy(), None if joint is None else joint.numpy()))
         kept += block.kept
         digests += block.digests
     gathered = gather_objects((vectors, kept, digests))
@@ -195,9 +200,11 @@ def _extract(view: View, split: Split) -> Extracted:
         raise UserError(
             f"none of the {len(split):,} images of the split '{split.name}' can be decoded: check the data."
         )
+    features, joints = zip(*(pair for part in gathered for pair in part[0]), strict=True)
     return Extracted(
         split.source,
-        finite(torch.cat([torch.from_numpy(v) for part in gathered for v in part[0]]), view),
+        finite(torch.cat([torch.from_numpy(v) for v in features]), view),
+        None if joints[0] is None else torch.cat([torch.from_numpy(v) for v in joints]),
         tuple(i for part in gathered for i in part[1]),
         tuple(d for part in gathered for d in part[2]),
     )

@@ -17,14 +17,15 @@ from altsight.train.run import Run, build, load_run, pick_device
 
 def view_of(method: Method, name: str, crop_ratio: float = 1.0) -> View:
     """Return the View of a method as it is now; the weights are shared, not copied."""
-    config = method.encoder.config
+    encoder = method.evaluated
+    config = encoder.config
     return View(
         name=name,
-        encoder=method.encoder,
+        encoder=encoder,
         preprocess=Preprocess(config.img_size, config.normalization, crop_ratio),
         feature_point=method.feature_point,
         text=method.text,
-        image_projection=method.image_projection,
+        embed_image=method.embed_image if method.text is not None else None,
     )
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from altsight.core.config import OptimConfig
 from altsight.core.errors import UserError
 from altsight.core.rng import Key
-from altsight.core.types import Batch, Outputs
+from altsight.core.types import Batch, Outputs, Progress
 from altsight.data.loader import Prepare
 from altsight.data.text import Tokenizer
 from altsight.data.views import Crop
-from altsight.nn.encoder import Encoder, FeaturePoint, reset
-from altsight.nn.text import TextTower
+from altsight.nn.encoder import Encoded, Encoder, FeaturePoint
+from altsight.nn.init import reset
+from altsight.nn.text import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,17 @@ class Method(nn.Module):
     """A frozen dataclass with every hyper-parameter of the method at its source's default."""
     optim: ClassVar[OptimConfig]
     """The source's optimizer and schedule."""
-    batch_statistics: ClassVar[bool] = False
-    """True where a loss depends on statistics of the whole batch (batch norm); accumulation is then refused."""
     shares: ClassVar[bool] = False
     """True where `embed` returns `shared` tensors for `loss`."""
     masked: ClassVar[bool] = False
     """True where the encoder must be able to encode visible patches only."""
 
+    least_batch: ClassVar[int] = 1
+    """Smallest global batch that the loss is defined on: 2 where samples are told from each other."""
+
     feature_point: ClassVar[FeaturePoint] = "mean"
     """Where the method's frozen features are read."""
-    text: TextTower | None
+    text: TextEncoder | None
     """The text tower of a dual encoder."""
     image_projection: nn.Module | None
     """Features at `feature_point` -> the joint space of a dual encoder."""
@@ -75,8 +77,23 @@ class Method(nn.Module):
         reset(self)
         self.encoder.init_weights(at)
 
-    def prepare(self, crop: Crop) -> Prepare:
-        """Return the picklable preparation of one document for this method."""
+    @property
+    def evaluated(self) -> Encoder:
+        """The encoder that is evaluated and exported: the one that is trained, or its teacher."""
+        return self.encoder
+
+    def embed_image(self, encoded: Encoded) -> Tensor:
+        """Return the image vectors (B, E) of a dual encoder in the joint space, un-normalised."""
+        features = self.encoder.point(encoded, self.feature_point)
+        return features if self.image_projection is None else self.image_projection(features)
+
+    def prepare(self, crop: Crop, size: int) -> Prepare:
+        """Return the picklable preparation of one document for this method.
+
+        Args:
+            crop: the crop that all methods of a study share.
+            size: side of the encoder's input in pixels; a curriculum asks for smaller ones than the encoder's own.
+        """
         raise NotImplementedError
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -102,8 +119,19 @@ class Method(nn.Module):
         """Return the names of parameters without weight decay, besides those with fewer than two dimensions."""
         return set()
 
-    def after_step(self, step: int) -> None:
-        """Called after every optimizer step: clamps, EMA teachers, centres."""
+    def start_step(self, at: Progress) -> None:
+        """Called before every step: set what depends on how far the run is (a teacher's temperature)."""
+
+    def after_step(self, at: Progress) -> None:
+        """Called after every optimizer step with the progress before it: clamps, EMA teachers, centres."""
+
+    def lr_scales(self) -> dict[str, float]:
+        """Return prefix of parameter names -> factor on their learning rate."""
+        return {}
+
+    def constant_lr(self) -> tuple[str, ...]:
+        """Return prefixes of the names of parameters whose learning rate stays at its peak (SimSiam's predictor)."""
+        return ()
 
     def report(self) -> dict[str, float]:
         """Return scalars worth a log line (a temperature, a teacher's entropy)."""

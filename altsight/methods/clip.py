@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from altsight.core.config import OptimConfig
 from altsight.core.rng import Key, torch_seeded
-from altsight.core.types import Batch, Document, Example, Outputs
+from altsight.core.types import Batch, Document, Example, Outputs, Progress
 from altsight.data.text import Tokenizer
 from altsight.data.views import Crop
 from altsight.losses.contrastive import clip_loss
@@ -66,6 +66,7 @@ class CLIP(Method):
         warmup_fraction=2000 * 32768 / (32 * 400e6),
     )
     shares: ClassVar[bool] = True
+    least_batch: ClassVar[int] = 2
 
     text: TextTower
     image_projection: nn.Linear
@@ -86,15 +87,14 @@ class CLIP(Method):
             nn.init.normal_(self.image_projection.weight, std=self.encoder.width**-0.5)
         nn.init.constant_(self.logit_scale, -math.log(self.config.temperature))
 
-    def prepare(self, crop: Crop) -> CLIPPrepare:
+    def prepare(self, crop: Crop, size: int) -> CLIPPrepare:
         """Return the preparation: one crop and the text's tokens."""
-        return CLIPPrepare(crop, self.encoder.config.img_size, self.tokenizer, self.text.context)
+        return CLIPPrepare(crop, size, self.tokenizer, self.text.context)
 
     def embed(self, batch: Batch, at: Key) -> Outputs:
         """Return the un-normalised joint features of images and texts, (B, embed_dim) each."""
-        encoded = self.encoder(self.encoder.normalize(batch["image"]))
-        image = self.image_projection(self.encoder.point(encoded, self.feature_point))
-        return Outputs(shared={"image": image, "text": self.text(batch["text"])})
+        encoded = self.encoder(self.encoder.normalize(batch["image"]), batch.get("visible"))
+        return Outputs(shared={"image": self.embed_image(encoded), "text": self.text(batch["text"])})
 
     def loss(self, shared: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's share of the contrastive loss."""
@@ -106,7 +106,7 @@ class CLIP(Method):
         return {f"{tower}.{name}" for tower, names in towers.items() for name in names}
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, at: Progress) -> None:
         """Keep the scale between 1 and `max_scale`."""
         self.logit_scale.clamp_(0, math.log(self.config.max_scale))
 

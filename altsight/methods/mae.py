@@ -124,9 +124,9 @@ class MAE(Method):
         super().init_weights(at)
         self.pixels.init_weights(at.child("pixels"))
 
-    def prepare(self, crop: Crop) -> MAEPrepare:
+    def prepare(self, crop: Crop, size: int) -> MAEPrepare:
         """Return the preparation: one crop and one random mask."""
-        return MAEPrepare(crop, self.encoder.config.img_size, self.encoder.num_patches, self.config.mask_ratio)
+        return MAEPrepare(crop, size, self.encoder.patches_at(size), self.config.mask_ratio)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Count masked patches."""

@@ -74,9 +74,9 @@ class MUG(Method):
         self.pixels.init_weights(at.child("pixels"))
         self.captions.init_weights(at.child("captions"))
 
-    def prepare(self, crop: Crop) -> MUGPrepare:
+    def prepare(self, crop: Crop, size: int) -> MUGPrepare:
         """Return the preparation: MAE's crop and mask, and the caption's tokens."""
-        masked = MAEPrepare(crop, self.encoder.config.img_size, self.encoder.num_patches, self.config.mask_ratio)
+        masked = MAEPrepare(crop, size, self.encoder.patches_at(size), self.config.mask_ratio)
         return MUGPrepare(masked, self.tokenizer, self.config.captions.length)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:

@@ -61,9 +61,9 @@ class Supervised(Method):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def prepare(self, crop: Crop) -> SupervisedPrepare:
+    def prepare(self, crop: Crop, size: int) -> SupervisedPrepare:
         """Return the preparation: one crop and the label."""
-        return SupervisedPrepare(crop, self.encoder.config.img_size)
+        return SupervisedPrepare(crop, size)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Count images."""
@@ -71,7 +71,7 @@ class Supervised(Method):
 
     def embed(self, batch: Batch, at: Key) -> Outputs:
         """Classify the feature at `feature_point`."""
-        encoded = self.encoder(self.encoder.normalize(batch["image"]))
+        encoded = self.encoder(self.encoder.normalize(batch["image"]), batch.get("visible"))
         # Softmax in fp32 even where the head runs in bf16.
         logits = self.head(self.encoder.point(encoded, self.feature_point)).float()
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.config.label_smoothing, reduction="sum")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from altsight.core.errors import UserError
 from altsight.core.rng import Key, torch_seeded
 from altsight.data.text import Tokenizer
-from altsight.nn.encoder import Encoder, reset, sincos_2d
+from altsight.nn.encoder import Encoder
+from altsight.nn.init import reset, sincos_2d
 from altsight.nn.text import LayerNorm
 
 

@@ -6,43 +6,22 @@ This is the one file that knows timm's vision transformers from the inside.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import timm
 import torch
-from timm.layers import QuickGELU
+from timm.layers import RelPosBias
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from altsight.core.errors import UserError, did_you_mean
 from altsight.core.rng import Key, torch_seeded
-from altsight.data.views import NORMALIZATIONS, normalize
+from altsight.data.views import low_frequency_crop, normalize
+from altsight.nn.backbone import EncoderConfig as EncoderConfig
+from altsight.nn.backbone import create_backbone
+from altsight.nn.init import init_vit, reset, sincos_2d
 
 FeaturePoint = Literal["cls", "mean", "pooled", "cls_prenorm", "mean_prenorm"]
 FEATURE_POINTS: tuple[FeaturePoint, ...] = ("cls", "mean", "pooled", "cls_prenorm", "mean_prenorm")
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Which backbone, at which size. Fields left at None keep timm's value for the model."""
-
-    model: str = "vit_base_patch16_224"
-    img_size: int = 224
-    patch_size: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    registers: int = 0
-    drop_path: float = 0.0
-    positions: Literal["sincos", "learned"] = "sincos"
-    """sincos: fixed 2-D sine-cosine table (MAE); learned: trained table (CLIP)."""
-    init: Literal["mae", "timm"] = "mae"
-    """mae: Xavier for every linear map, the patch embedding included; timm: timm's own initialisation."""
-    pre_norm: bool = False
-    """A LayerNorm before the first block (CLIP's ln_pre)."""
-    quick_gelu: bool = False
-    """x * sigmoid(1.702 x) instead of the exact GELU (OpenAI's CLIP)."""
-    normalization: str = "imagenet"
 
 
 @dataclass(slots=True)
@@ -63,6 +42,11 @@ class Encoded:
         """(B, L, D): the patch tokens."""
         return self.tokens[:, self.prefix :]
 
+    def float(self) -> Encoded:
+        """Return the same in fp32."""
+        layers = tuple(layer.float() for layer in self.layers)
+        return Encoded(self.tokens.float(), self.prenorm.float(), self.prefix, layers)
+
 
 class Encoder(nn.Module):
     """A timm backbone with masked encoding, all intermediates and named feature points.
@@ -73,16 +57,23 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        _check(config)
         self.config = config
-        self.backbone = cast(Any, timm.create_model(config.model, **_arguments(config)))
+        self.backbone = create_backbone(config)
         self.is_vit = isinstance(self.backbone, VisionTransformer)
         self.width = int(self.backbone.num_features)
+        self.relative: RelPosBias | None = None
+        self.input_size = config.img_size
+        """Side to which `normalize` crops the spectrum of full-size images: a curriculum makes it smaller."""
         if self.is_vit:
             self.grid: tuple[int, int] = self.backbone.patch_embed.grid_size
             self.patch_size = int(self.backbone.patch_embed.patch_size[0])
             self.prefix = int(self.backbone.num_prefix_tokens)
-            self.backbone.pos_embed.requires_grad_(config.positions == "learned")
+            if config.positions == "none":
+                self.backbone.pos_embed = None
+            else:
+                self.backbone.pos_embed.requires_grad_(config.positions == "learned")
+            if config.relative_positions:
+                self.relative = _relative_positions(config.model, self.grid, self.backbone)
         else:
             side = config.img_size // int(self.backbone.feature_info[-1]["reduction"])
             self.grid, self.patch_size, self.prefix = (side, side), 0, 0
@@ -92,69 +83,118 @@ class Encoder(nn.Module):
         """Number of patch tokens of an unmasked image."""
         return self.grid[0] * self.grid[1]
 
+    def patches_at(self, size: int) -> int:
+        """Return the number of patches of an image of `size` x `size` pixels."""
+        return (size // self.patch_size) ** 2 if self.is_vit else self.num_patches
+
+    @property
+    def normalizes_batch(self) -> bool:
+        """True if it has batch norm, whose statistics are those of what is computed at a time."""
+        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.backbone.modules())
+
     def init_weights(self, at: Key) -> None:
         """Set every parameter and buffer from `at`: the same key gives the same encoder under every method."""
         with torch_seeded(at.child("encoder")):
             reset(self.backbone)
             if hasattr(self.backbone, "init_weights"):
                 self.backbone.init_weights()
-            if self.is_vit and self.config.init == "mae":
-                self._init_mae()
+            if self.is_vit:
+                init_vit(self.backbone, self.config.init)
+            if self.relative is not None:
+                # Zero at the start, as in BEiT: attention begins without a view on distance.
+                nn.init.zeros_(self.relative.relative_position_bias_table)
         if self.is_vit and self.config.positions == "sincos":
             with torch.no_grad():
                 table = sincos_2d(self.width, self.grid)
                 self.backbone.pos_embed.zero_()
                 self.backbone.pos_embed[0, -self.num_patches :] = table
 
-    def _init_mae(self) -> None:
-        for module in self.backbone.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        projection = self.backbone.patch_embed.proj
-        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        for token in (self.backbone.cls_token, self.backbone.reg_token):
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
-
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters that timm says must not decay (tokens and position tables)."""
         names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
-        return {f"backbone.{name}" for name, _ in self.backbone.named_parameters() if name in names}
+        found = {f"backbone.{name}" for name, _ in self.backbone.named_parameters() if name in names}
+        return found if self.relative is None else found | {"relative.relative_position_bias_table"}
+
+    def layer_of(self, name: str) -> int:
+        """Return the layer of one of its parameters: 0 embeds, 1 + i is block i, the last (depth + 1) is the norm.
+
+        Raises:
+            UserError: the backbone is no vision transformer.
+        """
+        if not self.is_vit:
+            raise UserError(f"'{self.config.model}' has no layers that are counted: leave --optim.layer-decay at 1.")
+        if name.startswith("backbone.blocks."):
+            return 1 + int(name.split(".")[2])
+        return len(self.backbone.blocks) + 1 if name.startswith(("backbone.norm.", "backbone.fc_norm.")) else 0
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Map uint8 (B, 3, H, W) to this encoder's input range, in fp32, on the images' device."""
-        return normalize(images, self.config.normalization)
+        """Map uint8 (B, 3, H, W), or fp32 in [0, 1], to this encoder's input range, fp32, on the images' device.
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Encoded:
-        """Encode normalised images (B, 3, H, W).
+        Where a curriculum has set `input_size` below the encoder's own, full-size images keep their low frequencies
+        only and come out at that size.
+        """
+        images = normalize(images, self.config.normalization)
+        if images.shape[-1] == self.config.img_size > self.input_size:
+            return low_frequency_crop(images, self.input_size)
+        return images
+
+    def forward(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Encoded:
+        """Encode normalised images (B, 3, H, W); a ViT takes any size that its patches divide.
 
         Args:
             images: fp32, normalised.
             keep: (B, K) indices of the visible patches; the blocks then see the prefix tokens and these K only.
+            mask: (B, L) bool, True where `mask_token` (D,) takes the place of a patch's embedding, its position added.
 
         Raises:
-            UserError: `keep` is given and the backbone is no vision transformer.
+            UserError: patches are to be left out or replaced, and the backbone is no vision transformer.
         """
         if not self.is_vit:
-            if keep is not None:
+            if keep is not None or mask is not None:
                 raise UserError(
                     f"'{self.config.model}' cannot encode visible patches only: masked methods need a ViT such as "
                     "vit_base_patch16_224."
                 )
             return self._forward_stages(images)
         vit = self.backbone
-        x = vit._pos_embed(vit.patch_embed(images))
+        x = vit.patch_embed(images)
+        bias = None if self.relative is None else self._bias(x.shape[1:3])
+        if mask is not None:
+            assert mask_token is not None
+            x = torch.where(mask.view(*x.shape[:3], 1), mask_token.to(x.dtype), x)
+        x = self._add_positions(x)
         if keep is not None:
             visible = keep.unsqueeze(-1).expand(-1, -1, x.shape[-1])
             x = torch.cat([x[:, : self.prefix], x[:, self.prefix :].gather(1, visible)], dim=1)
+            bias = None if bias is None else _bias_among(bias, keep, self.prefix)
         x = vit.norm_pre(x)
         layers = []
         for block in vit.blocks:
-            x = block(x)
+            x = block(x, attn_mask=bias)
             layers.append(x)
         return Encoded(vit.norm(x), x, self.prefix, tuple(layers))
+
+    def _add_positions(self, x: Tensor) -> Tensor:
+        """Return (B, prefix + L, D) from patch embeddings (B, H, W, D)."""
+        tokens: Tensor = self.backbone._pos_embed(x)
+        return tokens
+
+    def _bias(self, grid: tuple[int, ...]) -> Tensor:
+        """Return the relative position bias (1, heads, N, N) for all tokens of an image on `grid`."""
+        assert self.relative is not None
+        if tuple(grid) != self.grid:
+            raise UserError(
+                f"relative positions hold for {self.grid[0]} x {self.grid[1]} patches only, not for {grid[0]} x "
+                f"{grid[1]}: leave the input size as it is, or set --encoder.relative-positions False."
+            )
+        bias: Tensor = self.relative.get_bias()
+        return bias
 
     def _forward_stages(self, images: Tensor) -> Encoded:
         last, layers = self.backbone.forward_intermediates(images)
@@ -187,76 +227,20 @@ class Encoder(nn.Module):
         return self.backbone.forward_head(tokens, pre_logits=True)
 
 
+def _relative_positions(model: str, grid: tuple[int, int], backbone: Any) -> RelPosBias:
+    if backbone.num_prefix_tokens > 1:
+        raise UserError("relative positions know one token beside the patches: set --encoder.registers 0.")
+    return RelPosBias(grid, backbone.blocks[0].attn.num_heads, backbone.num_prefix_tokens)
+
+
+def _bias_among(bias: Tensor, keep: Tensor, prefix: int) -> Tensor:
+    """Return the (B, heads, prefix + K, prefix + K) part of `bias` between the tokens that are kept."""
+    first = torch.arange(prefix, device=keep.device).expand(len(keep), -1)
+    kept = torch.cat([first, keep + prefix], dim=1)
+    return bias[0][:, kept.unsqueeze(2), kept.unsqueeze(1)].transpose(0, 1)
+
+
 def check_point(name: str) -> None:
     """Raise UserError if `name` is not a feature point."""
     if name not in FEATURE_POINTS:
         raise UserError(f"'{name}' is no feature point.{did_you_mean(name, FEATURE_POINTS)}")
-
-
-def sincos_2d(width: int, grid: tuple[int, int]) -> Tensor:
-    """Return the fixed position table (H * W, width) of MAE: half of the channels for the column, half for the row.
-
-    Each half holds sines then cosines of position / 10000^(i / (width / 4)).
-    """
-    rows, columns = torch.meshgrid(
-        torch.arange(grid[0], dtype=torch.float64), torch.arange(grid[1], dtype=torch.float64), indexing="ij"
-    )
-    rate = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    parts = []
-    for coordinate in (columns, rows):
-        angle = coordinate.reshape(-1, 1) * rate
-        parts += [angle.sin(), angle.cos()]
-    return torch.cat(parts, dim=1).float()
-
-
-def reset(module: nn.Module) -> None:
-    """Call `reset_parameters` on every submodule that has it, so that no memory is left as it was allocated."""
-    for child in module.modules():
-        for name in ("reset_parameters", "_reset_parameters"):
-            if hasattr(child, name):
-                getattr(child, name)()
-                break
-
-
-def _check(config: EncoderConfig) -> None:
-    if not timm.is_model(config.model):
-        raise UserError(f"timm has no model '{config.model}'.{_near_models(config.model)}")
-    if config.normalization not in NORMALIZATIONS:
-        near = did_you_mean(config.normalization, NORMALIZATIONS)
-        raise UserError(f"no normalization '{config.normalization}'.{near}")
-    patch = config.patch_size or _default_patch(config.model)
-    if patch and config.img_size % patch:
-        lower = config.img_size // patch * patch
-        raise UserError(
-            f"the image size {config.img_size} is not divisible by the patch size {patch}: use "
-            f"--encoder.img-size {lower or patch} or {lower + patch}, or another --encoder.patch-size."
-        )
-
-
-def _near_models(name: str) -> str:
-    return did_you_mean(name, timm.list_models()) if len(name) > 2 else ""
-
-
-def _default_patch(model: str) -> int | None:
-    for part in model.split("_"):
-        if part.startswith("patch") and part[5:].isdigit():
-            return int(part[5:])
-    return None
-
-
-def _arguments(config: EncoderConfig) -> dict[str, Any]:
-    """Return timm's keyword arguments for `config`; a plain ResNet takes none of the transformer's."""
-    arguments: dict[str, Any] = {"num_classes": 0, "drop_path_rate": config.drop_path}
-    if not config.model.startswith(("vit_", "deit")):
-        return arguments
-    arguments |= {
-        "img_size": config.img_size,
-        "patch_size": config.patch_size,
-        "embed_dim": config.width,
-        "depth": config.depth,
-        "num_heads": config.heads,
-        "reg_tokens": config.registers or None,
-        "pre_norm": config.pre_norm or None,
-        "act_layer": QuickGELU if config.quick_gelu else None,
-    }
-    return {name: value for name, value in arguments.items() if value is not None}

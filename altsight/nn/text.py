@@ -1,12 +1,14 @@
-"""CLIP's text tower: a causal transformer whose feature is read at the end token.
+"""Text encoders of dual encoders: CLIP's causal transformer, and the bidirectional ones of FLIP and SigLIP.
 
 Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (specification
-A1), and its published code for the initialisation.
+A1), and its published code for the initialisation; specification A5 and A7 for the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from altsight.core.errors import UserError
 from altsight.core.rng import Key, torch_seeded
 from altsight.data.text import Tokenizer
-from altsight.nn.encoder import reset
+from altsight.nn.init import reset
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,25 @@ class TextConfig:
     """Longest text in tokens, start and end included; the cost of the tower grows with it."""
     quick_gelu: bool = True
     """x * sigmoid(1.702 x) instead of the exact GELU (OpenAI's CLIP)."""
+    causal: bool = True
+    """False: every token sees every other, padding included (FLIP, SigLIP)."""
+    pool: Literal["end", "first", "last"] = "end"
+    """Token whose state is the feature: the end token (CLIP), the first (FLIP), or the last of the context (SigLIP)."""
+    pad_with_end: bool = False
+    """Fill the context with end tokens, so that the last token always is one (SigLIP)."""
+    projection_bias: bool = False
+    """The map to the joint space has a bias (SigLIP)."""
+
+
+class TextEncoder(nn.Module):
+    """Base of what reads text in a dual encoder: token ids (B, context) -> un-normalised joint features (B, E)."""
+
+    tokenizer: Tokenizer
+    context: int
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return the token ids (n, context) of `texts`, as `forward` wants them, on the CPU."""
+        return self.tokenizer.encode_all(texts, self.context)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -41,7 +62,7 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps).to(x.dtype)
 
 
-class TextTower(nn.Module):
+class TextTower(TextEncoder):
     """Token ids -> features in the joint space. Call `init_weights` before use.
 
     Args:
@@ -81,7 +102,7 @@ class TextTower(nn.Module):
             for _ in range(config.layers)
         )
         self.ln_final = LayerNorm(config.width)
-        self.text_projection = nn.Linear(config.width, embed_dim, bias=False)
+        self.text_projection = nn.Linear(config.width, embed_dim, bias=config.projection_bias)
 
     def init_weights(self, at: Key) -> None:
         """Set every parameter from `at`, with CLIP's standard deviations (specification A1)."""
@@ -103,6 +124,8 @@ class TextTower(nn.Module):
                 for name in ("attn.qkv.bias", "attn.proj.bias"):
                     nn.init.zeros_(block.get_parameter(name))
             nn.init.normal_(self.text_projection.weight, std=width**-0.5)
+            if self.text_projection.bias is not None:
+                nn.init.zeros_(self.text_projection.bias)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters of two dimensions that do not decay: the position table."""
@@ -111,12 +134,22 @@ class TextTower(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the un-normalised joint features (B, embed_dim) of texts (B, T), T <= context.
 
-        The feature is the hidden state at the *first* end token, found by id, so that a padding id equal to the end
-        id is harmless. Attention is causal: what follows the end token is never seen, and padding needs no mask.
+        Under causal attention what follows the end token is never seen, and padding needs no mask.
         """
+        if self.config.pad_with_end:
+            after = (ids == self.tokenizer.end).cumsum(dim=-1) > 0
+            ids = ids.masked_fill(after, self.tokenizer.end)
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         for block in self.blocks:
-            x = block(x, is_causal=True)
-        end = (ids == self.tokenizer.end).int().argmax(dim=-1)
+            x = block(x, is_causal=self.config.causal)
         # The final norm acts on each token alone, so only the one that is read has to pass through it.
-        return self.text_projection(self.ln_final(x[torch.arange(len(ids), device=ids.device), end]))
+        return self.text_projection(self.ln_final(self._read(x, ids)))
+
+    def _read(self, x: Tensor, ids: Tensor) -> Tensor:
+        if self.config.pool == "first":
+            return x[:, 0]
+        if self.config.pool == "last":
+            return x[:, -1]
+        # The *first* end token, found by id, so that a padding id equal to the end id is harmless.
+        end = (ids == self.tokenizer.end).int().argmax(dim=-1)
+        return x[torch.arange(len(ids), device=ids.device), end]

@@ -78,7 +78,7 @@ def cost(run: Run[Any], prepared: Prepared) -> float:
     method = build(run, Corpus(prepared.tokenizer, prepared.classes))
     few = min(4, run.train.batch)
     order = prepared.source.order(run.train.seed)
-    loader = Loader(prepared.source, order, method.prepare(run.data.crop), few)
+    loader = Loader(prepared.source, order, method.prepare(run.data.crop, run.encoder.img_size), few)
     batch, _ = next(iter(loader.batches(dist.World(), 0, few)))
     device = pick_device(run.train.device)
     return flops_per_sample(method.to(device), batch.to(device))

@@ -117,7 +117,7 @@ def _reconstruct(gallery: Gallery, name: str, method: Method, split: Split, chos
 
 def _batch(method: Method, split: Split, chosen: Sequence[int]) -> Batch | None:
     """Return the chosen images as the method sees them, uncropped; None if it cannot use one of them."""
-    prepare = method.prepare(WHOLE)
+    prepare = method.prepare(WHOLE, method.encoder.config.img_size)
     examples = []
     for i in chosen:
         at = key(0, i, "gallery")

@@ -34,7 +34,7 @@ class Accumulator:
         autocast: makes the context in which `model` runs; losses over `shared` run outside of it, in fp32.
 
     Raises:
-        UserError: the method depends on batch statistics and `micro_batch` would split its batch.
+        UserError: the encoder normalises over the batch and `micro_batch` would split it.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Accumulator:
         micro_batch: int = 0,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        if method.batch_statistics and micro_batch:
+        if micro_batch and method.encoder.normalizes_batch:
             raise UserError(
-                f"{type(method).__name__} depends on statistics of the whole batch, so it cannot be accumulated: "
-                "leave --train.micro-batch at 0."
+                f"'{method.encoder.config.model}' normalises over what is computed at a time (batch norm), so a batch "
+                "cannot be split: leave --train.micro-batch at 0 or take an encoder without batch norm."
             )
         self.method, self.model, self.seed = method, model, seed
         self.micro_batch, self.autocast = micro_batch, autocast
@@ -90,29 +90,33 @@ class Accumulator:
     def _cached(self, parts: list[Batch], counts: Losses) -> Losses:
         with torch.no_grad():
             embedded = [self._embed(part).shared for part in parts]
-        leaves = {name: torch.cat([e[name] for e in embedded]).requires_grad_() for name in embedded[0]}
+        leaves = {name: torch.cat([e[name] for e in embedded]) for name in embedded[0]}
+        for leaf in leaves.values():
+            leaf.requires_grad_(leaf.is_floating_point())
+        pulled = [name for name, leaf in leaves.items() if leaf.requires_grad]
         losses = self.method.loss(leaves)
         # Parameters of the loss itself (a temperature) are leaves like the embeddings.
         own = [p for p in self.method.parameters() if p.requires_grad]
-        grads = torch.autograd.grad(self._total(losses), [*leaves.values(), *own], allow_unused=True)
-        pulls = dict(zip(leaves, grads[: len(leaves)], strict=True))
-        own_pull = [(p * g).sum() for p, g in zip(own, grads[len(leaves) :], strict=True) if g is not None]
+        inputs = [*(leaves[name] for name in pulled), *own]
+        grads = torch.autograd.grad(self._total(losses), inputs, allow_unused=True)
+        pulls = dict(zip(pulled, grads[: len(pulled)], strict=True))
+        own_pull = [(p * g).sum() for p, g in zip(own, grads[len(pulled) :], strict=True) if g is not None]
         losses = {name: value.detach() for name, value in losses.items()}
-        start = 0
+        done = dict.fromkeys(pulled, 0)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with self._sync_if(last):
                 out = self._embed(part)
                 terms = {name: value / counts[name] for name, value in out.local.items()}
-                rows = len(embedded[number][next(iter(leaves))])
                 surrogate = self._total(terms) if terms else torch.zeros(())
                 for name, pull in pulls.items():
+                    rows = len(embedded[number][name])
                     if pull is not None:
-                        surrogate = surrogate + (out.shared[name] * pull[start : start + rows]).sum()
+                        surrogate = surrogate + (out.shared[name] * pull[done[name] : done[name] + rows]).sum()
+                    done[name] += rows
                 if last:
                     surrogate = surrogate + sum(own_pull)
                 surrogate.backward()
-            start += rows
             _add(losses, terms)
         return losses
 

@@ -15,19 +15,22 @@ from torch import Tensor
 from altsight.core import dist
 from altsight.core.config import read_json, write_json
 from altsight.core.errors import UserError
-from altsight.core.types import Batch
+from altsight.core.types import Batch, Progress
 from altsight.data.cache import open_cache
 from altsight.data.loader import Loader, check_batch
 from altsight.data.prepared import Prepared
+from altsight.methods import find
 from altsight.methods.base import Corpus, Method, summary
 from altsight.train import checkpoint
 from altsight.train.account import flops_per_sample
 from altsight.train.accumulate import Accumulator
+from altsight.train.folder import claim, describe
 from altsight.train.guard import Guard
 from altsight.train.log import Log, console
-from altsight.train.optim import make_optimizer, make_schedule
+from altsight.train.optim import make_optimizer
 from altsight.train.parallel import parallelize, precision
-from altsight.train.run import Run, build, identity, load_run, pick_device, pick_precision, save_run, weights_hash
+from altsight.train.run import Run, build, pick_device, pick_precision, weights_hash
+from altsight.train.schedule import Schedule
 from altsight.train.signals import stop_signals
 from altsight.train.state import Meter, State, Summary, peak_memory, sequence_hash
 
@@ -58,20 +61,29 @@ class _Training:
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Take one optimizer step on this rank's part of a global batch; return its share of each loss."""
+        progress = Progress(self.state.step, self.run.steps)
+        self.method.start_step(progress)
         losses, _ = self.accumulator(batch.to(self.device))
         parameters = [p for p in self.method.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.guard.accepts(norm, self.state.step, batch, losses):
-            if self.run.optim.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.run.optim.clip_norm, norm)
+            self._clip(parameters, norm)
             self.optimizer.step()
-            self.method.after_step(self.state.step)
+            self.method.after_step(progress)
             if self.ema is not None:
                 self.ema.update(self.method)
         else:
             self.state.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
         return losses
+
+    def _clip(self, parameters: list[torch.nn.Parameter], norm: Tensor) -> None:
+        limit = self.run.optim.clip_norm
+        if limit and self.run.optim.clip == "whole":
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        elif limit:
+            for parameter in parameters:
+                torch.nn.utils.clip_grad_norm_(parameter, limit)
 
     def tensors(self) -> dict[str, Any]:
         """Return everything with tensors that a checkpoint holds."""
@@ -98,7 +110,7 @@ def pretrain(run: Run[Any], prepared: Prepared, directory: Path, probe: Probe | 
     """
     device = pick_device(run.train.device)
     place = dist.start(device)
-    _claim(directory, run)
+    claim(directory, run)
     if (directory / "summary.json").exists():
         return Summary(**read_json(directory / "summary.json"))
     check_batch(run.train.batch, len(prepared.source), str(prepared.directory))
@@ -108,9 +120,10 @@ def pretrain(run: Run[Any], prepared: Prepared, directory: Path, probe: Probe | 
             "--train.samples or lower --train.batch."
         )
     dtype = pick_precision(run.train.precision, device)
+    _check_least_batch(run)
     method = build(run, Corpus(prepared.tokenizer, prepared.classes))
     if place.is_main:
-        _describe(run, prepared, directory)
+        describe(run, prepared, directory)
     initial = weights_hash(method.encoder)
     training = _assemble(run, method.to(device), device, dtype, directory)
     training.state.data = prepared.hash()
@@ -149,20 +162,13 @@ def pretrain(run: Run[Any], prepared: Prepared, directory: Path, probe: Probe | 
     return done
 
 
-def _claim(directory: Path, run: Run[Any]) -> None:
-    """Make sure that run.json, if it is there, describes the same run (apart from where and how fast it computes)."""
-    path = directory / "run.json"
-    if path.exists() and identity(load_run(path)) != identity(run):
-        raise UserError(f"'{directory}' holds another run: choose another --out, or remove it.")
-
-
-def _describe(run: Run[Any], prepared: Prepared, directory: Path) -> None:
-    """Write what it takes to load the run without its data: the settings, the tokenizer, the class names."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if prepared.tokenizer is not None:
-        prepared.tokenizer.save(directory / "tokenizer.json")
-    write_json(directory / "classes.json", list(prepared.classes))
-    save_run(run, directory / "run.json")
+def _check_least_batch(run: Run[Any]) -> None:
+    least = find(run.name).least_batch
+    if run.train.batch < least:
+        raise UserError(
+            f"{run.name} tells the samples of a batch from each other, and a batch of {run.train.batch} has no others: "
+            f"use --train.batch {least} or more."
+        )
 
 
 def _assemble(run: Run[Any], method: Method, device: torch.device, dtype: torch.dtype, directory: Path) -> _Training:
@@ -180,11 +186,11 @@ def _train(
 ) -> dict[str, float]:
     """Run the loop from `training.state` to the end of the budget; return the last losses that were logged."""
     run, state, method = training.run, training.state, training.method
-    schedule = make_schedule(training.optimizer, run.optim, run.steps)
+    schedule = Schedule(training.optimizer, run.optim, run.steps, run.train.batch)
     loader = Loader(
         prepared.source.cached(open_cache(run.data.cache, run.data.cache_gb)),
         prepared.source.order(run.train.seed),
-        method.prepare(run.data.crop),
+        method.prepare(run.data.crop, run.encoder.img_size),
         run.train.batch,
         run.data.workers,
         pin_memory=training.device.type == "cuda",
@@ -199,7 +205,7 @@ def _train(
         for batch, wait in loader.batches(place, state.samples_seen, samples):
             if not training.flops_per_sample:
                 training.flops_per_sample = flops_per_sample(method, batch.to(training.device))
-            schedule.step_update(state.step)
+            schedule.update(state.step)
             losses = training.step(batch)
             _advance(training, batch, wait, directory, meter)
             log.advance(state.samples_seen)

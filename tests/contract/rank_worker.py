@@ -1,4 +1,4 @@
-"""One rank of the gradient test: `torchrun rank_worker.py DATA OUT` writes what every method computed.
+"""One rank of the gradient test: `torchrun rank_worker.py DATA OUT [METHOD ...]` writes what every method computed.
 
 Rank 0 writes, per method and micro-batch size, the gradients of one global batch, the losses summed over ranks and
 the samples that all ranks saw.
@@ -7,6 +7,7 @@ the samples that all ranks saw.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,18 +31,21 @@ def _seen(batch: Batch) -> list[tuple[int, int]]:
     return list(zip(batch.positions.tolist(), batch.samples.tolist(), strict=True))
 
 
-def main(data: Path, out: Path) -> None:
+def main(data: Path, out: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     prepared = open_prepared(data)
     place = dist.start(torch.device("cpu"))
     results = {}
-    for name in METHODS:
+    for name in names:
         for micro in (0, 2):
             run = tiny_run(name, data, samples=64, batch=GLOBAL_BATCH)
             method = build(run, Corpus(prepared.tokenizer, prepared.classes))
-            if method.batch_statistics and micro:
-                continue
-            loader = Loader(prepared.source, prepared.source.order(0), method.prepare(run.data.crop), GLOBAL_BATCH)
+            loader = Loader(
+                prepared.source,
+                prepared.source.order(0),
+                method.prepare(run.data.crop, run.encoder.img_size),
+                GLOBAL_BATCH,
+            )
             batch, _ = next(iter(loader.batches(place, GLOBAL_BATCH, 2 * GLOBAL_BATCH)))
             accumulator = Accumulator(method, parallelize(method, False), 0, micro)
             losses, _ = accumulator(batch)
@@ -56,4 +60,4 @@ def main(data: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or list(METHODS))

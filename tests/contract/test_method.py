@@ -37,7 +37,7 @@ def corpus(sample_data: Prepared) -> Corpus:
 def first_batch(method: Method, data: Prepared, run: Any, workers: int = 0) -> Batch:
     """Return the first global batch of a run."""
     order = data.source.order(run.train.seed)
-    loader = Loader(data.source, order, method.prepare(run.data.crop), run.train.batch, workers)
+    loader = Loader(data.source, order, method.prepare(run.data.crop, run.encoder.img_size), run.train.batch, workers)
     return next(loader.batches(World(), 0, run.train.batch))[0]
 
 
@@ -72,7 +72,7 @@ def test_all_methods_start_from_the_same_encoder(corpus: Corpus, sample_path: Pa
 def test_prepare_is_picklable_and_hands_over_uint8(name: str, corpus: Corpus, sample_data: Prepared) -> None:
     run = tiny_run(name, sample_data.directory, 64, batch=8)
     method = build(run, corpus)
-    pickle.loads(pickle.dumps(method.prepare(run.data.crop)))
+    pickle.loads(pickle.dumps(method.prepare(run.data.crop, run.encoder.img_size)))
     here, there = first_batch(method, sample_data, run), first_batch(method, sample_data, run, workers=1)
     assert here["image"].dtype == torch.uint8
     for field, tensor in here.tensors.items():

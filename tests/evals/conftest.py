@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from altsight.data.prepare import read_pairs
 from altsight.evals.base import Preprocess, Split, Task, View
 from altsight.nn.encoder import Encoder
-from altsight.nn.text import TextTower
+from altsight.nn.text import TextEncoder
 
 SIZE = 8
 COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230), "grey": (120, 120, 120)}
@@ -116,6 +116,9 @@ class ColourTower(nn.Module):
     context = 4
     tokenizer = WordTokenizer()
 
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        return self.tokenizer.encode_all(texts, self.context)
+
     def forward(self, ids: Tensor) -> Tensor:
         table = torch.tensor(list(COLOURS.values())).float() / 255 - 0.5
         return table[ids[:, 0]]
@@ -123,11 +126,13 @@ class ColourTower(nn.Module):
 
 def make_view(encoder: nn.Module | None = None, dual: bool = False, batch_size: int = 4, **fields: Any) -> View:
     """Return a view on the colour encoder, or on another one."""
+    if dual:
+        fields.setdefault("embed_image", lambda features: features)
     return View(
         "colour",
         cast(Encoder, encoder or ColourEncoder()),
         Preprocess(SIZE, "half"),
-        text=cast(TextTower, ColourTower()) if dual else None,
+        text=cast(TextEncoder, ColourTower()) if dual else None,
         batch_size=batch_size,
         **fields,
     )

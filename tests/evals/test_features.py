@@ -161,7 +161,7 @@ def test_the_data_hash_knows_images_and_labels_but_no_paths(make_split: MakeSpli
 def test_joint_vectors_are_those_of_encode_image(make_split: MakeSplit) -> None:
     split = make_split("test", coloured(3))
     torch.manual_seed(0)
-    view = make_view(dual=True, image_projection=torch.nn.Linear(3, 5))
+    view = make_view(dual=True, embed_image=torch.nn.Linear(3, 5))
     pixels = torch.stack([view.preprocess(split.source.image(i)) for i in range(9)])
     torch.testing.assert_close(joint_vectors(view, split), view.encode_image(pixels))
     torch.testing.assert_close(joint_vectors(view, split).norm(dim=1), torch.ones(9))

@@ -108,7 +108,7 @@ def test_top1_of_a_view(colours: Task) -> None:
 def test_features_are_read_before_the_projection(colours: Task) -> None:
     projection = torch.nn.Linear(3, 2)
     torch.nn.init.zeros_(projection.weight)
-    (result,) = linear(make_view(dual=True, image_projection=projection), colours)
+    (result,) = linear(make_view(dual=True, embed_image=projection), colours)
     assert result.value == 1
 
 

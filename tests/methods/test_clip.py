@@ -13,7 +13,7 @@ from tokenizers import models
 
 from altsight.core.errors import UserError
 from altsight.core.rng import key
-from altsight.core.types import Batch, Document
+from altsight.core.types import Batch, Document, Progress
 from altsight.data.text import Tokenizer
 from altsight.data.views import Crop
 from altsight.methods.base import Corpus
@@ -71,7 +71,7 @@ def test_scale_stays_between_1_and_100(method: CLIP, direction: int) -> None:
         optimizer.zero_grad()
         (-direction * method.logit_scale.exp()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        method.after_step(step)
+        method.after_step(Progress(step, 1000))
         assert 0 <= method.logit_scale <= limit
     assert method.report()["scale"] == pytest.approx(100 if direction > 0 else 1, rel=1e-5)
 
@@ -100,7 +100,7 @@ def test_towers_are_where_the_view_looks_for_them(method: CLIP) -> None:
 
 
 def test_prepare(method: CLIP, corpus: Corpus, document: Callable[..., Document]) -> None:
-    at, prepare = key(0, 5), method.prepare(Crop())
+    at, prepare = key(0, 5), method.prepare(Crop(), 32)
     example = prepare(document(text="two dogs"), at)
     assert example is not None
     assert torch.equal(example["image"], Crop()(document().images[0], 32, at))

@@ -114,11 +114,11 @@ def test_reconstruction_keeps_visible_patches(encoder: Encoder, corpus: Corpus, 
 
 def test_prepare(encoder: Encoder, corpus: Corpus, document: Callable[..., Document]) -> None:
     at = key(0, 5)
-    example = make(encoder, corpus).prepare(Crop())(document(text=None), at)
+    example = make(encoder, corpus).prepare(Crop(), 32)(document(text=None), at)
     assert example is not None
     assert torch.equal(example["image"], Crop()(document().images[0], 32, at))
     assert example["keep"].shape == (4,) and example["keep"].dtype == torch.int64
-    assert make(encoder, corpus).prepare(Crop())(Document((), "empty"), at) is None
+    assert make(encoder, corpus).prepare(Crop(), 32)(Document((), "empty"), at) is None
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.97])

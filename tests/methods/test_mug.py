@@ -122,9 +122,9 @@ def test_caption_is_never_longer_than_asked(method: MUG, corpus: Corpus, batch: 
 
 
 def test_prepare(method: MUG, encoder: Encoder, corpus: Corpus, document: Callable[..., Document]) -> None:
-    at, prepare = key(0, 5), method.prepare(Crop())
+    at, prepare = key(0, 5), method.prepare(Crop(), 32)
     example = prepare(document(text="two dogs"), at)
-    mae = MAE(MAE.Config(decoder=CONFIG.decoder), encoder, corpus).prepare(Crop())(document(), at)
+    mae = MAE(MAE.Config(decoder=CONFIG.decoder), encoder, corpus).prepare(Crop(), 32)(document(), at)
     assert example is not None and mae is not None
     assert torch.equal(example["image"], mae["image"]) and torch.equal(example["keep"], mae["keep"])
     assert torch.equal(example["text"], corpus.need_tokenizer("tests").encode("two dogs", 16))

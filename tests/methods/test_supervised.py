@@ -58,7 +58,7 @@ def test_every_trained_parameter_gets_a_gradient(encoder: Encoder, corpus: Corpu
 
 
 def test_prepare(encoder: Encoder, corpus: Corpus, document: Callable[..., Document]) -> None:
-    at, prepare = key(0, 5), make(encoder, corpus).prepare(Crop())
+    at, prepare = key(0, 5), make(encoder, corpus).prepare(Crop(), 32)
     example = prepare(document(label=2), at)
     assert example is not None
     assert torch.equal(example["image"], Crop()(document().images[0], 32, at))

@@ -15,7 +15,8 @@ from altsight.core.errors import UserError
 from altsight.core.rng import key
 from altsight.data.text import Tokenizer, train_tokenizer
 from altsight.nn.decoder import CaptionDecoder, CaptionDecoderConfig, PixelDecoder, PixelDecoderConfig, rotary
-from altsight.nn.encoder import Encoder, EncoderConfig, sincos_2d
+from altsight.nn.encoder import Encoder, EncoderConfig
+from altsight.nn.init import sincos_2d
 
 Floats = Any
 """A numpy array of float64."""

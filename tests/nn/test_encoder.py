@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from altsight.core.errors import UserError
 from altsight.core.rng import key
-from altsight.nn.encoder import Encoder, EncoderConfig, sincos_2d
+from altsight.nn.encoder import Encoder, EncoderConfig
+from altsight.nn.init import sincos_2d
 
 TINY = EncoderConfig("vit_tiny_patch16_224", img_size=32, patch_size=8, width=32, depth=2, heads=2)
 

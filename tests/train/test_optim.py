@@ -13,8 +13,9 @@ import torch
 from altsight.core.config import OptimConfig
 from altsight.core.errors import UserError
 from altsight.methods.base import Corpus
-from altsight.train.optim import make_optimizer, make_schedule
+from altsight.train.optim import make_optimizer, parameter_groups
 from altsight.train.run import build
+from altsight.train.schedule import Schedule
 from tests.contract.tiny import tiny_run
 
 
@@ -42,14 +43,76 @@ def test_unknown_optimizer() -> None:
         make_optimizer(method, OptimConfig(name="adamwz"), 64)
 
 
+def rates(config: OptimConfig, name: str = "lr", steps: int = 100) -> list[float]:
+    """Return what `name` of the first group is at every step."""
+    group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr_scale": 1.0, "constant_lr": False, "decays": True}
+    optimizer = torch.optim.SGD([group], lr=config.peak_lr(256))
+    schedule = Schedule(optimizer, config, steps, 256)
+    found = []
+    for step in range(steps):
+        schedule.update(step)
+        found.append(float(optimizer.param_groups[0][name]))
+    return found
+
+
+ONE = OptimConfig(lr=1.0, warmup_fraction=0.1)
+
+
 def test_schedule_is_linear_then_cosine() -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    config = dataclasses.replace(OptimConfig(), warmup_fraction=0.1, min_lr=0.0)
-    schedule = make_schedule(optimizer, config, steps=100)
-    rates = []
-    for step in range(100):
-        schedule.step_update(step)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[:10] == pytest.approx([n / 10 for n in range(10)])
-    assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 55 / 100)), abs=0.05)
-    assert rates[-1] < 0.01 and all(a >= b for a, b in pairwise(rates[10:]))
+    found = rates(ONE)
+    assert found[:10] == pytest.approx([n / 10 for n in range(10)])
+    assert found[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 55 / 100)), abs=0.05)
+    assert found[-1] < 0.01 and all(a >= b for a, b in pairwise(found[10:]))
+
+
+def test_the_other_schedules() -> None:
+    linear = rates(dataclasses.replace(ONE, schedule="linear"))
+    assert linear[10:] == pytest.approx([1 - n / 100 for n in range(10, 100)])
+    step = rates(dataclasses.replace(ONE, schedule="step", step_at=0.5))
+    assert step[10:48] == [1.0] * 38 and step[52:] == pytest.approx([0.1] * 48)
+    assert rates(dataclasses.replace(ONE, schedule="constant"))[10:] == [1.0] * 90
+    assert rates(dataclasses.replace(ONE, warmup_lr=0.5))[0] == 0.5
+
+
+def test_weight_decay_rises_on_a_half_cosine() -> None:
+    found = rates(dataclasses.replace(ONE, weight_decay=0.04, final_weight_decay=0.4), "weight_decay")
+    assert found[0] == pytest.approx(0.04) and found[50] == pytest.approx(0.22)
+    assert found[-1] == pytest.approx(0.4, abs=1e-3)
+
+
+def test_layers_parts_and_constant_rates() -> None:
+    """Specification E3.11: the patch embedding's rate is decay^(depth + 1) of the peak, the head's is the peak."""
+    method = build(tiny_run("mae", Path(), 64), Corpus())
+    method.lr_scales = lambda: {"encoder.backbone.patch_embed": 0.2}  # type: ignore[method-assign]
+    method.constant_lr = lambda: ("pixels.decoder.pixels",)  # type: ignore[method-assign]
+    config = OptimConfig(lr=1.0, lr_base_batch=0, layer_decay=0.5, warmup_fraction=0.1)
+    optimizer = make_optimizer(method, config, 64)
+    Schedule(optimizer, config, 100, 64).update(5)
+    rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    found = {name: rate[id(p)] for name, p in method.named_parameters() if p.requires_grad}
+    assert found["encoder.backbone.patch_embed.proj.weight"] == pytest.approx(0.5 * 0.5**3 * 0.2)
+    assert found["encoder.backbone.blocks.0.mlp.fc1.weight"] == pytest.approx(0.5 * 0.5**2)
+    assert found["encoder.backbone.blocks.1.mlp.fc1.weight"] == pytest.approx(0.5 * 0.5)
+    assert found["encoder.backbone.norm.weight"] == pytest.approx(0.5)
+    assert found["pixels.decoder.embed.weight"] == pytest.approx(0.5)
+    assert found["pixels.decoder.pixels.weight"] == pytest.approx(1.0)
+
+
+def test_everything_decays_where_the_source_says_so() -> None:
+    method = build(tiny_run("mae", Path(), 64), Corpus())
+    groups = parameter_groups(method, OptimConfig(weight_decay=0.1, decay_all=True))
+    assert {group["weight_decay"] for group in groups} == {0.1}
+    assert {g["weight_decay"] for g in parameter_groups(method, OptimConfig(weight_decay=0.1))} == {0.0, 0.1}
+
+
+def test_lookahead_walks_half_way_every_k_steps() -> None:
+    method = build(tiny_run("mae", Path(), 64), Corpus())
+    optimizer = make_optimizer(method, OptimConfig(name="sgd", lr=1.0, lr_base_batch=0, lookahead=2), 64)
+    token = method.encoder.backbone.cls_token
+    values = []
+    for _ in range(4):
+        for p in method.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        optimizer.step()
+        values.append(float(token.detach().flatten()[0]))
+    assert values[3] != pytest.approx(values[2] + (values[1] - values[0]))
