@@ -39,7 +39,7 @@ class GlobalBatchNorm(nn.Module):
         # In two passes: the square of the mean may be far larger than the variance.
         variance = gather((x - mean).square().mean(dim=0, keepdim=True)).mean(dim=0)
         x = (x - mean) * (variance + self.eps).rsqrt()
-        return x if self.weight is None else x * self.weight + self.bias
+        return x if self.weight is None or self.bias is None else x * self.weight + self.bias
 
 
 class MLPHead(nn.Module):
