@@ -102,17 +102,19 @@ def make_gallery(result: StudyResult, task: Task) -> Gallery:
 def _reconstruct(gallery: Gallery, name: str, method: Method, split: Split, chosen: Sequence[int]) -> None:
     """Add the method's reconstructions and captions to `gallery`, where it makes any."""
     maker: Any = method
-    if not hasattr(maker, "reconstruct"):
+    if not (hasattr(maker, "reconstruct") or hasattr(maker, "caption")):
         return
     batch = _batch(method, split, chosen)
     if batch is None:
         return
-    masked = _masked(method, batch)
-    rebuilt = (maker.reconstruct(batch).cpu() * 255).round().to(torch.uint8)
-    gallery.rebuilt[name] = tuple(Rebuilt(_uri(m), _uri(r)) for m, r in zip(masked, rebuilt, strict=True))
+    if hasattr(maker, "reconstruct"):
+        masked = _masked(method, batch)
+        rebuilt = (maker.reconstruct(batch).cpu() * 255).round().to(torch.uint8)
+        gallery.rebuilt[name] = tuple(Rebuilt(_uri(m), _uri(r)) for m, r in zip(masked, rebuilt, strict=True))
     if hasattr(maker, "caption"):
-        # From the visible patches, as in training, and from the start token alone: the corpus sets the first word.
-        gallery.captions[name] = tuple(maker.caption(batch["image"], keep=batch["keep"], prefix=""))
+        # From what is visible in training, and from the start token alone: the corpus sets the first word.
+        visible = {} if batch.get("keep") is None else {"keep": batch["keep"]}
+        gallery.captions[name] = tuple(maker.caption(batch["image"], prefix="", **visible))
 
 
 def _batch(method: Method, split: Split, chosen: Sequence[int]) -> Batch | None:
@@ -131,9 +133,12 @@ def _batch(method: Method, split: Split, chosen: Sequence[int]) -> Batch | None:
 
 
 def _masked(method: Method, batch: Batch) -> Tensor:
-    """Return uint8 (B, 3, H, W) on the CPU with the patches that are not kept in grey."""
-    images, keep, encoder = batch["image"].cpu(), batch["keep"].cpu(), method.encoder
-    visible = torch.zeros(len(images), encoder.num_patches, dtype=torch.bool).scatter(1, keep, True)
+    """Return uint8 (B, 3, H, W) on the CPU with the patches that are hidden in grey."""
+    images, encoder = batch["image"].cpu(), method.encoder
+    if batch.get("keep") is None:
+        visible = ~batch["mask"].cpu()
+    else:
+        visible = torch.zeros(len(images), encoder.num_patches, dtype=torch.bool).scatter(1, batch["keep"].cpu(), True)
     side = encoder.patch_size
     pixels = visible.view(-1, 1, *encoder.grid).repeat_interleave(side, 2).repeat_interleave(side, 3)
     return torch.where(pixels, images, GREY)

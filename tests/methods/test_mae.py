@@ -17,7 +17,7 @@ from altsight.data.views import Crop
 from altsight.methods.base import Corpus
 from altsight.methods.mae import MAE
 from altsight.nn.decoder import PixelDecoderConfig
-from altsight.nn.encoder import Encoder
+from altsight.nn.encoder import Encoder, EncoderConfig
 
 CONFIG = MAE.Config(decoder=PixelDecoderConfig(width=16, depth=1, heads=2))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -129,3 +129,15 @@ def test_mask_ratio_that_leaves_nothing(encoder: Encoder, corpus: Corpus, ratio:
 
 def test_nothing_of_two_dimensions_is_exempt_from_decay(encoder: Encoder, corpus: Corpus) -> None:
     assert make(encoder, corpus).no_weight_decay() == set()
+
+
+@pytest.mark.parametrize(
+    ("model", "encoder_millions", "millions"),
+    [("vit_base_patch16_224", 85.80, 111.91), ("vit_large_patch16_224", 303.30, 329.54)],
+)
+def test_published_sizes(model: str, encoder_millions: float, millions: float) -> None:
+    """ViT-B and ViT-L (86 M and 303 M, specification 0.2), and the models of MAE's release with their decoder."""
+    with torch.device("meta"):
+        method = MAE(MAE.Config(), Encoder(EncoderConfig(model)), Corpus())
+    sizes = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (method.encoder, method)]
+    assert sizes == pytest.approx([encoder_millions, millions], abs=0.005)
