@@ -20,6 +20,7 @@ COMMANDS = {
     "pretrain": "train one method on prepared data",
     "eval": "evaluate trained runs",
     "study": "compare methods like for like, as a plan says",
+    "recipes": "the ready runs and studies: what they cost, what their sources found, where their data are",
 }
 """Name -> what it does. The function of the same name in `altsight.commands` does it ("eval" is `evaluate_runs`)."""
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
@@ -29,7 +29,11 @@ from altsight.data.prepared import Prepared, open_prepared
 from altsight.data.sheet import write_sheet
 from altsight.data.show import show
 from altsight.evals.load import load_view
-from altsight.recipes import demo_plan, names, recipe
+from altsight.methods import METHODS
+from altsight.recipes import demo_plan, missing_data, recipe, study_plan
+from altsight.recipes.cost import Machine
+from altsight.recipes.show import as_json
+from altsight.recipes.show import show as show_recipes
 from altsight.study.plan import Plan, TaskConfig, locate, read_plan
 from altsight.study.run import evaluate_shown, online_probe, open_tasks
 from altsight.study.run import study as run_study
@@ -158,14 +162,15 @@ class Pretrain(Generic[M]):
 def pretrain(argv: Sequence[str]) -> int:
     """`altsight pretrain NAME --data.path DIR [--out DIR] [settings]`."""
     if not argv or argv[0].startswith("-"):
-        print(f"usage: altsight pretrain NAME [options]      NAME: {', '.join(names())}")
+        methods = ", ".join(METHODS)
+        print(f"usage: altsight pretrain NAME [options]      NAME: a recipe (`altsight recipes`), or one of {methods}")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     chosen = recipe(argv[0])
     kind: Any = Pretrain[type(chosen.method)]  # type: ignore[misc]
     default = Pretrain(chosen, Path("runs") / argv[0])
     options = tyro.cli(kind, args=argv[1:], default=default, prog=f"altsight pretrain {argv[0]}")
     if not options.run.data.path:
-        raise UserError("no data to train on: give --data.path, the folder that `altsight prepare` wrote.")
+        raise UserError(missing_data(argv[0]))
     run = options.run
     try:
         done = train(run, open_prepared(run.data.path), options.out, _probe(run, options.probe))
@@ -245,16 +250,39 @@ def _print_results(found: dict[str, list[dict[str, Any]]]) -> None:
 class Study:
     """Compare methods like for like, as a plan says, and write a report."""
 
-    plan: tyro.conf.Positional[Path]
-    """The plan, a TOML file; altsight/recipes/demo_cpu.toml is one to start from."""
+    plan: tyro.conf.Positional[str]
+    """The plan: a TOML file, of which altsight/recipes/demo_cpu.toml is one to start from, or a study of `recipes`."""
     out: Path = Path("runs/study")
     """Folder of the study; running again goes on where it stopped."""
+    data: Path | None = None
+    """Train on this prepared folder, and not on the plan's own data."""
 
 
 def study(argv: Sequence[str]) -> int:
-    """`altsight study PLAN.toml`."""
+    """`altsight study PLAN.toml`, or `altsight study NAME`."""
     options = tyro.cli(Study, args=argv, prog="altsight study")
-    return _study(read_plan(options.plan), options.out)
+    return _study(study_plan(options.plan, options.data), options.out)
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the ready runs and studies with what they cost and what their sources found, or tell all about one."""
+
+    name: tyro.conf.Positional[str] = ""
+    """A recipe, a study or a method; all where none is given."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
+    json: bool = False
+    """Print the numbers as JSON."""
+
+
+def recipes(argv: Sequence[str]) -> int:
+    """`altsight recipes [NAME]`."""
+    options = tyro.cli(Recipes, args=argv, prog="altsight recipes")
+    if options.json:
+        print(json.dumps(as_json(options.name, options.machine), indent=1))
+    else:
+        show_recipes(options.name, options.machine, Console())
+    return 0
 
 
 def _study(plan: Plan, out: Path) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +51,40 @@ class Crop:
         Raises:
             BrokenImage: the bytes cannot be decoded.
         """
-        return crops(data, [(self, size, at)])[0]
+        if _known is None:
+            return crops(data, [(self, size, at)])[0]
+        name = (self, id(data), size, at)
+        if name not in _known:
+            _known[name] = (crops(data, [(self, size, at)])[0], data)
+        return _known[name][0]
+
+    def needs(self, size: int) -> int:
+        """Return the side at which `finish` needs the pixels of the box for a view of side `size`."""
+        return size
 
     def finish(self, part: Tensor, size: int, at: Key) -> Tensor:
         """Resize the pixels of the box to uint8 (3, size, size), and flip them or not."""
         view = _resize(part, size, size)
-        return view.flip(-1) if self.flip and at.child("flip").generator().random() < 0.5 else view
+        return view.flip(-1) if self.flips(at) else view
+
+    def flips(self, at: Key) -> bool:
+        """Return whether the view at `at` is mirrored: text that names a side has to follow."""
+        return self.flip and bool(at.child("flip").generator().random() < 0.5)
+
+
+_known: dict[tuple[Crop, int, int, Key], tuple[Tensor, bytes]] | None = None
+"""Views that were made, with the bytes that they are of, so that the bytes' ids do not pass to others."""
+
+
+@contextmanager
+def remember_views() -> Iterator[None]:
+    """Within the body, a crop that is asked again for a view of the same bytes returns the very same tensor."""
+    global _known
+    before, _known = _known, {}
+    try:
+        yield
+    finally:
+        _known = before
 
 
 def crops(data: bytes, views: Sequence[tuple[Crop, int, Key]]) -> list[Tensor]:
@@ -70,7 +99,7 @@ def crops(data: bytes, views: Sequence[tuple[Crop, int, Key]]) -> list[Tensor]:
     """
     picture = open_picture(data)
     boxes = [crop.box(picture.height, picture.width, at) for crop, _, at in views]
-    ratio = min(min(box[2:]) / size for box, (_, size, _) in zip(boxes, views, strict=True))
+    ratio = min(min(box[2:]) / crop.needs(size) for box, (crop, size, _) in zip(boxes, views, strict=True))
     parts = picture.cut(boxes, picture.reduction(ratio))
     return [crop.finish(part, size, at) for part, (crop, size, at) in zip(parts, views, strict=True)]
 

@@ -7,7 +7,7 @@ data order: those are written once, in `altsight.train`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -16,11 +16,17 @@ from altsight.core.errors import UserError
 from altsight.core.rng import Key
 from altsight.core.types import Batch, Outputs, Progress
 from altsight.data.loader import Prepare
+from altsight.data.mixture import Mixture
+from altsight.data.prepared import Prepared
+from altsight.data.sources import Interleaves, Source
 from altsight.data.text import Tokenizer
 from altsight.data.views import Crop
 from altsight.nn.encoder import Encoded, Encoder, FeaturePoint
 from altsight.nn.init import reset
 from altsight.nn.text import TextEncoder
+
+Samples = Literal["pairs", "documents", "mixed", "unknown"]
+"""Whether the samples of a data set are image-text pairs, interleaved documents, or some of each."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,13 @@ class Corpus:
 
     tokenizer: Tokenizer | None = None
     classes: tuple[str, ...] = field(default=())
+    samples: Samples = "unknown"
+    """unknown: nobody looked, as where a trained method is loaded."""
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> Corpus:
+        """Return the corpus of prepared data."""
+        return cls(prepared.tokenizer, prepared.classes, _samples(prepared.source))
 
     def need_tokenizer(self, method: str) -> Tokenizer:
         """Return the tokenizer; UserError if the corpus has no text."""
@@ -43,6 +56,13 @@ class Corpus:
         return self.classes
 
 
+def _samples(source: Source) -> Samples:
+    if isinstance(source, Mixture):
+        found = {_samples(part) for part in source.sources}
+        return found.pop() if len(found) == 1 else "mixed"
+    return "documents" if isinstance(source, Interleaves) and not source.as_pairs else "pairs"
+
+
 class Method(nn.Module):
     """Base of all methods. A subclass is built as `Class(config, encoder, corpus)` and overrides what it needs."""
 
@@ -54,6 +74,8 @@ class Method(nn.Module):
     """True where `embed` returns `shared` tensors for `loss`."""
     masked: ClassVar[bool] = False
     """True where the encoder must be able to encode visible patches only."""
+    drops_patches: ClassVar[bool] = False
+    """True where plain passes of an image heed `batch.get("visible")`, the patches that patch dropout leaves."""
 
     least_batch: ClassVar[int] = 1
     """Smallest global batch that the loss is defined on: 2 where samples are told from each other."""
@@ -136,6 +158,14 @@ class Method(nn.Module):
     def report(self) -> dict[str, float]:
         """Return scalars worth a log line (a temperature, a teacher's entropy)."""
         return {}
+
+
+def check_encoder(name: str, method: type[Method], encoder: Encoder) -> None:
+    """Raise UserError if the method called `name` masks patches and the encoder has none."""
+    if method.masked and not encoder.is_vit:
+        raise UserError(
+            f"{name} masks patches, and '{encoder.config.model}' has none: use a ViT such as vit_base_patch16_224."
+        )
 
 
 def summary(method: Method) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class CLIP(Method):
         warmup_fraction=2000 * 32768 / (32 * 400e6),
     )
     shares: ClassVar[bool] = True
+    drops_patches: ClassVar[bool] = True
     least_batch: ClassVar[int] = 2
 
     text: TextTower

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from altsight.core.config import OptimConfig
@@ -20,6 +19,7 @@ from altsight.data.views import Crop
 from altsight.losses.captioning import next_token_ce_sum, target_count
 from altsight.methods.base import Corpus, Method
 from altsight.methods.mae import MAEPrepare, MaskedPixels, inference
+from altsight.nn.caption import write
 from altsight.nn.decoder import CaptionDecoder, CaptionDecoderConfig, PixelDecoderConfig
 from altsight.nn.encoder import Encoder
 
@@ -119,11 +119,7 @@ class MUG(Method):
             max_length: longest caption in tokens, start and end included; None: that of training.
             prefix: first words. Web captions start in many ways, and a lone start token chooses none of them well.
         """
-        words = self.tokenizer.model.encode(prefix, add_special_tokens=False).ids
-        start = torch.tensor([self.tokenizer.start, *words], device=images.device)
         with inference(self):
             latent = self.encoder(self.encoder.normalize(images), keep).tokens
-            ids = self.captions.generate(
-                latent, self.tokenizer, start.expand(len(images), -1), max_length or self.config.captions.length
-            )
-        return [self.tokenizer.decode(row) for row in ids.tolist()]
+            length = max_length or self.config.captions.length
+            return write(lambda ids: self.captions(ids, latent)[:, -1], self.tokenizer, images, prefix, length)

@@ -49,6 +49,8 @@ class Supervised(Method):
         lr=1e-4, lr_base_batch=256, weight_decay=0.3, betas=(0.9, 0.95), warmup_fraction=20 / 300
     )
 
+    drops_patches: ClassVar[bool] = True
+
     def __init__(self, config: Supervised.Config, encoder: Encoder, corpus: Corpus) -> None:
         super().__init__(encoder)
         self.config = config

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from altsight.core.errors import UserError
 from altsight.core.rng import Key, torch_seeded
-from altsight.data.text import Tokenizer
 from altsight.nn.encoder import Encoder
 from altsight.nn.init import reset, sincos_2d
 from altsight.nn.text import LayerNorm
@@ -136,24 +135,6 @@ class CaptionDecoder(nn.Module):
             x = x + layer(x, latent)
         x = self.norm(x)
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
-
-    @torch.no_grad()
-    def generate(self, latent: Tensor, tokenizer: Tokenizer, prefix: Tensor, max_length: int) -> Tensor:
-        """Continue `prefix` (B, T) greedily for each image in `latent` (B, S, D): (B, up to max_length) ids.
-
-        Stops when every row has reached the end token; rows that reached it earlier repeat it. Padding and start are
-        never emitted. The prefix is computed anew for each token: captions are short.
-        """
-        banned = [token for token in {tokenizer.pad, tokenizer.start} if token != tokenizer.end]
-        ids = prefix
-        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        while ids.shape[1] < max_length and not done.all():
-            logits = self(ids, latent)[:, -1].float()
-            logits[:, banned] = -torch.inf
-            token = logits.argmax(dim=-1).masked_fill(done, tokenizer.end)
-            ids = torch.cat([ids, token.unsqueeze(1)], dim=1)
-            done |= token == tokenizer.end
-        return ids
 
 
 class _SelfLayer(nn.Module):

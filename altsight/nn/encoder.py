@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from timm.layers import RelPosBias
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from altsight.data.views import low_frequency_crop, normalize
 from altsight.nn.backbone import EncoderConfig as EncoderConfig
 from altsight.nn.backbone import create_backbone
 from altsight.nn.init import init_vit, reset, sincos_2d
+from altsight.nn.once import Once
 
 FeaturePoint = Literal["cls", "mean", "pooled", "cls_prenorm", "mean_prenorm"]
 FEATURE_POINTS: tuple[FeaturePoint, ...] = ("cls", "mean", "pooled", "cls_prenorm", "mean_prenorm")
@@ -48,7 +50,7 @@ class Encoded:
         return Encoded(self.tokens.float(), self.prenorm.float(), self.prefix, layers)
 
 
-class Encoder(nn.Module):
+class Encoder(Once):
     """A timm backbone with masked encoding, all intermediates and named feature points.
 
     Raises:
@@ -68,6 +70,7 @@ class Encoder(nn.Module):
             self.grid: tuple[int, int] = self.backbone.patch_embed.grid_size
             self.patch_size = int(self.backbone.patch_embed.patch_size[0])
             self.prefix = int(self.backbone.num_prefix_tokens)
+            self.heads = int(self.backbone.blocks[0].attn.num_heads)
             if config.positions == "none":
                 self.backbone.pos_embed = None
             else:
@@ -133,6 +136,10 @@ class Encoder(nn.Module):
         Where a curriculum has set `input_size` below the encoder's own, full-size images keep their low frequencies
         only and come out at that size.
         """
+        normalized: Tensor = self.remembered(self._normalize, "normalize", {"images": images})
+        return normalized
+
+    def _normalize(self, images: Tensor) -> Tensor:
         images = normalize(images, self.config.normalization)
         if images.shape[-1] == self.config.img_size > self.input_size:
             return low_frequency_crop(images, self.input_size)
@@ -162,8 +169,32 @@ class Encoder(nn.Module):
                     "vit_base_patch16_224."
                 )
             return self._forward_stages(images)
-        vit = self.backbone
-        x = vit.patch_embed(images)
+        return self._transform(*self._embed(images, keep, mask, mask_token))
+
+    def forward_with(self, images: Tensor, keep: Tensor, extra: Tensor, padding: Tensor) -> tuple[Encoded, Tensor]:
+        """Encode visible patches and `extra` tokens as one sequence, in which each sees all (M3AE's text).
+
+        Args:
+            images, keep: as in `forward`; the backbone is a vision transformer.
+            extra: (B, T, D), with positions of their own. Relative positions, where there are any, leave them aside.
+            padding: (B, T) bool, True for those that no token may look at.
+
+        Returns:
+            (what `forward` returns, of the image's tokens; the extra tokens after the final norm (B, T, D)).
+        """
+        x, bias = self._embed(images, keep)
+        count, length = x.shape[1], x.shape[1] + extra.shape[1]
+        hidden = F.pad(padding, (count, 0)).view(-1, 1, 1, length)
+        bias = x.new_zeros(1, 1, 1, 1) if bias is None else F.pad(bias, (0, length - count) * 2)
+        joint = self._transform(torch.cat([x, extra.to(x.dtype)], dim=1), bias.masked_fill(hidden, -torch.inf))
+        layers = tuple(layer[:, :count] for layer in joint.layers)
+        return Encoded(joint.tokens[:, :count], joint.prenorm[:, :count], self.prefix, layers), joint.tokens[:, count:]
+
+    def _embed(
+        self, images: Tensor, keep: Tensor | None = None, mask: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens that enter the blocks (B, prefix + K, D), and the bias on their attention."""
+        x = self.backbone.patch_embed(images)
         bias = None if self.relative is None else self._bias(x.shape[1:3])
         if mask is not None:
             assert mask_token is not None
@@ -173,6 +204,10 @@ class Encoder(nn.Module):
             visible = keep.unsqueeze(-1).expand(-1, -1, x.shape[-1])
             x = torch.cat([x[:, : self.prefix], x[:, self.prefix :].gather(1, visible)], dim=1)
             bias = None if bias is None else _bias_among(bias, keep, self.prefix)
+        return x, bias
+
+    def _transform(self, x: Tensor, bias: Tensor | None) -> Encoded:
+        vit = self.backbone
         x = vit.norm_pre(x)
         layers = []
         for block in vit.blocks:

@@ -47,6 +47,7 @@ class MLPHead(nn.Module):
 
     last_norm: what follows the last map: nothing, batch norm, or batch norm without scale and shift.
     hidden_norm: batch norm after the hidden maps. A map that batch norm follows has no bias, since it would undo it.
+    last_bias: whether the last map has one, where no batch norm follows it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class MLPHead(nn.Module):
         sizes: Sequence[int],
         last_norm: Literal["none", "affine", "plain"] = "none",
         hidden_norm: bool = True,
+        last_bias: bool = True,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -62,7 +64,7 @@ class MLPHead(nn.Module):
             if hidden_norm:
                 layers.append(GlobalBatchNorm(width_out))
             layers.append(nn.ReLU(inplace=True))
-        layers.append(nn.Linear(sizes[-2], sizes[-1], bias=last_norm == "none"))
+        layers.append(nn.Linear(sizes[-2], sizes[-1], bias=last_bias and last_norm == "none"))
         if last_norm != "none":
             layers.append(GlobalBatchNorm(sizes[-1], affine=last_norm == "affine"))
         self.layers = nn.Sequential(*layers)

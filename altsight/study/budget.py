@@ -14,6 +14,7 @@ from altsight.core.errors import UserError
 from altsight.data.loader import Loader
 from altsight.data.prepared import Prepared
 from altsight.methods.base import Corpus
+from altsight.study.pairs import data_of
 from altsight.study.plan import Plan
 from altsight.train.account import flops_per_sample
 from altsight.train.log import console, read_log
@@ -56,6 +57,7 @@ def resolve(plan: Plan, prepared: Prepared, directory: Path) -> Resolved:
 def _resolve_arm(plan: Plan, arm: str, prepared: Prepared, directory: Path) -> tuple[int, dict[str, float]]:
     budget, facts = plan.budget, {}
     run = plan.run(arm, plan.seeds[0], plan.train.batch)
+    prepared = data_of(plan, arm, prepared)
     if budget.kind == "samples":
         wanted = float(budget.samples)
     elif budget.kind == "flops":
@@ -75,7 +77,7 @@ def _resolve_arm(plan: Plan, arm: str, prepared: Prepared, directory: Path) -> t
 
 def cost(run: Run[Any], prepared: Prepared) -> float:
     """Return the training FLOPs of one sample, counted on the first samples of the run."""
-    method = build(run, Corpus(prepared.tokenizer, prepared.classes))
+    method = build(run, Corpus.of(prepared))
     few = min(4, run.train.batch)
     order = prepared.source.order(run.train.seed)
     loader = Loader(prepared.source, order, method.prepare(run.data.crop, run.encoder.img_size), few)
@@ -90,7 +92,7 @@ def speed(run: Run[Any], prepared: Prepared, directory: Path) -> float:
     # Two log lines: the first closes the warm-up, the second says how fast the steps since then were.
     train = dataclasses.replace(run.train, samples=samples, log_every=WARM_UP, probe_every=0, checkpoint_every=samples)
     _remove(directory)
-    console.print(f"Measuring the speed of {run.name}.")
+    console.print(f"Measuring the speed of {directory.name}.")
     pretrain(dataclasses.replace(run, train=train), prepared, directory)
     lines = read_log(directory)
     dist.barrier()

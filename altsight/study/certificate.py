@@ -55,6 +55,8 @@ class _Sentences:
         for seed in dict.fromkeys(arm.seed for arm in self.arms):
             self._start(seed)
             self._sequence(seed)
+        self._variants()
+        self._pairs()
         self._evaluation()
         self._amounts()
         self._parameters()
@@ -98,6 +100,20 @@ class _Sentences:
             f"the text or label that it learns from) and took another in its place; samples replaced: {counts}. Each "
             "run lists its own in bad_samples.txt; all other positions hold the same sample."
         )
+
+    def _variants(self) -> None:
+        variants = {arm: method for arm, method in self.result.plan.variants.items() if self.result.of(arm)}
+        if variants:
+            said = [f"{arm} is {method}" for arm, method in variants.items()]
+            self.differences.append(f"Arms may be one method under several settings: {listed(said)}.")
+
+    def _pairs(self) -> None:
+        pairs = [arm for arm in self.result.plan.pairs if self.result.of(arm)]
+        if pairs:
+            see = "sees" if len(pairs) == 1 else "see"
+            self.differences.append(
+                f"Of each document {listed(pairs)} {see} one image with its sentence, and the other arms all of it."
+            )
 
     def _evaluation(self) -> None:
         unequal = dict.fromkeys(
@@ -158,7 +174,7 @@ class _Sentences:
         times = {name: "" if x == least else f" ({x / least:.1f} times the least)" for name, x in per_sample.items()}
         costs = [f"{name} {flops(x)}{times[name]}" for name, x in per_sample.items()]
         text = f"Forward and backward of one sample cost {listed(costs)}"
-        masked = [name for name in per_sample if find(name).masked]
+        masked = [name for name in per_sample if find(self.result.plan.method_of(name)).masked]
         if masked:
             text += f"; {listed(masked)} encode{'s' if len(masked) == 1 else ''} only the visible patches of an image"
         self.differences.append(f"{text}.")

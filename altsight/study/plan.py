@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ PROBES = 8
 """Points of the online probe curve, where the plan does not set `train.probe_every`."""
 LOG_LINES = 100
 """Points of a loss curve, at least, where a run has as many steps."""
+
+UNTRAINED = "untrained"
+"""Arm of the initial encoder."""
 
 BudgetKind = Literal["samples", "flops", "minutes"]
 
@@ -81,8 +85,9 @@ class TaskConfig:
 class Plan:
     """A like-for-like study: every arm gets the same encoder, data order and budget, and the same evaluation.
 
-    references are trained like methods and shown beside them, but never win. untrained adds the initial encoder.
-    overrides: method -> {"method", "optim", "train", "data"} -> settings that replace the method's own defaults.
+    methods are the arms that compete: names of methods, or of `variants`. references are trained like them and shown
+    beside them, but never win. untrained adds the initial encoder.
+    overrides: arm -> {"method", "optim", "train", "data"} -> settings that replace the method's own defaults.
     """
 
     name: str
@@ -92,6 +97,10 @@ class Plan:
     source: SourceConfig | None = None
     """Shards to prepare inside the study's folder; the other way is `data.path`, an already prepared folder."""
     references: tuple[str, ...] = ()
+    variants: dict[str, str] = field(default_factory=dict)
+    """Arm -> its method, where an arm has a name of its own: one method under several settings."""
+    pairs: tuple[str, ...] = ()
+    """Arms that are shown one image with its sentence of each interleaved document, and not the whole of it."""
     untrained: bool = True
     seeds: tuple[int, ...] = (0,)
     data: DataConfig = field(default_factory=DataConfig)
@@ -101,8 +110,12 @@ class Plan:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """Every method that is trained, references last."""
+        """Every arm that is trained, references last."""
         return self.methods + self.references
+
+    def method_of(self, arm: str) -> str:
+        """Return the name of the arm's method in `METHODS`."""
+        return self.variants.get(arm, arm)
 
     def check(self) -> None:
         """Raise UserError if the plan cannot be carried out as it stands; the message starts with the key."""
@@ -129,9 +142,10 @@ class Plan:
             UserError: an override is unknown or of the wrong type.
         """
         train = dataclasses.replace(self.train, samples=samples, seed=seed)
-        shared = dataclasses.replace(default_run(arm), encoder=self.encoder, data=self.data, train=train)
+        method = self.method_of(arm)
+        shared = dataclasses.replace(default_run(method), encoder=self.encoder, data=self.data, train=train)
         merged = merge(to_dict(shared), self.overrides.get(arm, {}))
-        kind: Any = Run[find(arm).Config]  # type: ignore[misc]
+        kind: Any = Run[find(method).Config]  # type: ignore[misc]
         run: Run[Any] = from_dict(merged, kind, f"overrides.{arm}")
         probe_every = run.train.probe_every or max(run.steps // PROBES, 1) * run.train.batch
         log_every = min(run.train.log_every, max(run.steps // LOG_LINES, 1))
@@ -143,19 +157,23 @@ class Plan:
         return [(arm, self.run(arm, seed, samples[arm])) for seed in self.seeds for arm in self.arms]
 
 
-def read_plan(path: Path) -> Plan:
-    """Read a plan from a TOML file; its relative paths are relative to the file.
+def read_plan(path: Path, folder: Path | None = None, data: Path | None = None) -> Plan:
+    """Read a plan from a TOML file; its relative paths are relative to `folder`, by default that of the file.
+
+    data: a prepared folder to train on instead of the plan's own.
 
     Raises:
         UserError: the file is missing or wrong; the message names the file and the key.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"the plan '{path}' does not exist.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"the plan '{path}' is no TOML ({error}): mend that line.") from None
-    plan = _anchored(from_dict(data, Plan, str(path)), path.resolve().parent)
+    plan = _anchored(from_dict(table, Plan, str(path)), folder or path.resolve().parent)
+    if data is not None:
+        plan = dataclasses.replace(plan, source=None, data=dataclasses.replace(plan.data, path=str(data)))
     try:
         plan.check()
     except UserError as error:
@@ -206,19 +224,29 @@ def _anchored(plan: Plan, folder: Path) -> Plan:
 def _check_arms(plan: Plan) -> None:
     if not plan.methods:
         raise UserError("methods: name at least one method to train.")
+    for arm, method in plan.variants.items():
+        if method not in METHODS:
+            raise UserError(f"variants.{arm}: there is no method '{method}'.{did_you_mean(method, METHODS)}")
+        if arm in METHODS or arm == UNTRAINED or not re.fullmatch(r"\w[\w+-]*", arm):
+            raise UserError(f"variants: '{arm}' must be a name of its own, of letters, digits, '_', '-' and '+'.")
+    known = [*METHODS, *plan.variants]
     for key, names in (("methods", plan.methods), ("references", plan.references), ("overrides", plan.overrides)):
         for name in names:
-            if name not in METHODS:
-                raise UserError(f"{key}: there is no method '{name}'.{did_you_mean(name, METHODS)}")
+            if name not in known:
+                raise UserError(f"{key}: there is no method '{name}'.{did_you_mean(name, known)}")
     if len(set(plan.arms)) < len(plan.arms):
-        raise UserError(f"methods: {list(plan.arms)} names a method twice; each is one arm.")
+        raise UserError(
+            f"methods: {list(plan.arms)} names an arm twice; a method under several settings needs [variants]."
+        )
+    for key, used in (("variants", plan.variants), ("pairs", plan.pairs), ("overrides", plan.overrides)):
+        for name in used:
+            if name not in plan.arms:
+                raise UserError(f"{key}.{name}: the plan does not train {name}.{did_you_mean(name, plan.arms)}")
     for name, over in plan.overrides.items():
-        _check_override(name, over, plan.arms)
+        _check_override(name, over)
 
 
-def _check_override(name: str, over: Mapping[str, Any], arms: tuple[str, ...]) -> None:
-    if name not in arms:
-        raise UserError(f"overrides.{name}: the plan does not train {name}.{did_you_mean(name, arms)}")
+def _check_override(name: str, over: Mapping[str, Any]) -> None:
     for table in ("encoder", "name"):
         if table in over:
             raise UserError(f"overrides.{name}.{table}: all arms share one encoder, and an arm keeps its name.")

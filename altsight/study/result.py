@@ -9,11 +9,11 @@ from typing import Any, Literal
 from altsight.core.config import from_dict, read_json, to_dict, write_json
 from altsight.core.errors import UserError
 from altsight.evals.base import Result
+from altsight.study.plan import UNTRAINED as UNTRAINED
 from altsight.study.plan import Plan
 from altsight.train.state import Summary
 
 FILE = "study.json"
-UNTRAINED = "untrained"
 
 Kind = Literal["method", "reference", "untrained"]
 

@@ -32,6 +32,7 @@ from altsight.evals.load import load_method, view_of
 from altsight.methods.base import Corpus, Method
 from altsight.nn.encoder import Encoder
 from altsight.study.budget import resolve
+from altsight.study.pairs import data_of
 from altsight.study.plan import Plan, TaskConfig, locate
 from altsight.study.report import write_report
 from altsight.study.result import UNTRAINED, Arm, Evaluation, Kind, StudyResult, save_study
@@ -135,10 +136,9 @@ def check_same_start(plan: Plan, prepared: Prepared, seed: int) -> dict[str, dic
         RuntimeError: a method does not leave the shared encoder's initial weights alone.
     """
     expected = weights_hash(initial_encoder(plan, seed))
-    corpus = Corpus(prepared.tokenizer, prepared.classes)
     modules = {}
     for arm in plan.arms:
-        method = build(plan.run(arm, seed, plan.train.batch), corpus)
+        method = build(plan.run(arm, seed, plan.train.batch), Corpus.of(data_of(plan, arm, prepared)))
         modules[arm] = _trained_parameters(method)
         found = weights_hash(method.encoder)
         if found != expected:
@@ -224,7 +224,7 @@ def _trained(result: StudyResult, name: str, seed: int, prepared: Prepared, task
     kind: Kind = "method" if name in plan.methods else "reference"
     arm = Arm(name, seed, kind, initial_encoder="", run=to_dict(run))
     folder = result.path(arm)
-    summary = pretrain(run, prepared, folder, online_probe(plan.train, name, tasks[0]))
+    summary = pretrain(run, data_of(plan, name, prepared), folder, online_probe(plan.train, name, tasks[0]))
 
     def view() -> View:
         _, method = load_method(folder)

@@ -19,17 +19,17 @@ from altsight.core.types import Batch, Progress
 from altsight.data.cache import open_cache
 from altsight.data.loader import Loader, check_batch
 from altsight.data.prepared import Prepared
-from altsight.methods import find
 from altsight.methods.base import Corpus, Method, summary
 from altsight.train import checkpoint
 from altsight.train.account import flops_per_sample
 from altsight.train.accumulate import Accumulator
+from altsight.train.curriculum import Curriculum, Stage, full_size, make_curriculum, set_input_size
 from altsight.train.folder import claim, describe
 from altsight.train.guard import Guard
 from altsight.train.log import Log, console
 from altsight.train.optim import make_optimizer
 from altsight.train.parallel import parallelize, precision
-from altsight.train.run import Run, build, pick_device, pick_precision, weights_hash
+from altsight.train.run import Run, build, check_least_batch, pick_device, pick_precision, weights_hash
 from altsight.train.schedule import Schedule
 from altsight.train.signals import stop_signals
 from altsight.train.state import Meter, State, Summary, peak_memory, sequence_hash
@@ -57,7 +57,17 @@ class _Training:
     state: State
     ema: ModelEmaV3 | None
     device: torch.device
+    curriculum: Curriculum
+    stage: Stage | None = None
     flops_per_sample: float = 0.0
+
+    def enter_stage(self, batch: Batch) -> None:
+        """Set what holds in the stage of this step, where it has just begun, and count what a sample costs in it."""
+        stage = self.curriculum.stage(self.state.step)
+        if stage is not self.stage:
+            self.stage = stage
+            set_input_size(self.method, stage.size)
+            self.flops_per_sample = flops_per_sample(self.method, batch.to(self.device))
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Take one optimizer step on this rank's part of a global batch; return its share of each loss."""
@@ -120,12 +130,13 @@ def pretrain(run: Run[Any], prepared: Prepared, directory: Path, probe: Probe | 
             "--train.samples or lower --train.batch."
         )
     dtype = pick_precision(run.train.precision, device)
-    _check_least_batch(run)
-    method = build(run, Corpus(prepared.tokenizer, prepared.classes))
+    method = build(run, Corpus.of(prepared))
+    check_least_batch(run, method)
+    curriculum = make_curriculum(run.accelerate, method, run.name, run.steps, run.train.batch)
     if place.is_main:
         describe(run, prepared, directory)
     initial = weights_hash(method.encoder)
-    training = _assemble(run, method.to(device), device, dtype, directory)
+    training = _assemble(run, method.to(device), curriculum, device, dtype, directory)
     training.state.data = prepared.hash()
     saved = checkpoint.load_latest(directory / "checkpoints", console.print)
     if saved is not None:
@@ -162,23 +173,16 @@ def pretrain(run: Run[Any], prepared: Prepared, directory: Path, probe: Probe | 
     return done
 
 
-def _check_least_batch(run: Run[Any]) -> None:
-    least = find(run.name).least_batch
-    if run.train.batch < least:
-        raise UserError(
-            f"{run.name} tells the samples of a batch from each other, and a batch of {run.train.batch} has no others: "
-            f"use --train.batch {least} or more."
-        )
-
-
-def _assemble(run: Run[Any], method: Method, device: torch.device, dtype: torch.dtype, directory: Path) -> _Training:
+def _assemble(
+    run: Run[Any], method: Method, curriculum: Curriculum, device: torch.device, dtype: torch.dtype, directory: Path
+) -> _Training:
     ema = ModelEmaV3(method, decay=run.optim.ema) if run.optim.ema else None
     optimizer = make_optimizer(method, run.optim, run.train.batch)
     model = parallelize(method, run.train.compile)
     context = functools.partial(precision, device, dtype)
     accumulator = Accumulator(method, model, run.train.seed, run.train.micro_batch, context)
     guard = Guard(directory / "flight", run.train.max_skipped)
-    return _Training(run, method, optimizer, accumulator, guard, State(), ema, device)
+    return _Training(run, method, optimizer, accumulator, guard, State(), ema, device, curriculum)
 
 
 def _train(
@@ -190,7 +194,7 @@ def _train(
     loader = Loader(
         prepared.source.cached(open_cache(run.data.cache, run.data.cache_gb)),
         prepared.source.order(run.train.seed),
-        method.prepare(run.data.crop, run.encoder.img_size),
+        training.curriculum.prepare(method, run.data.crop),
         run.train.batch,
         run.data.workers,
         pin_memory=training.device.type == "cuda",
@@ -203,9 +207,8 @@ def _train(
     samples = run.steps * run.train.batch
     with stop_signals() as asked, Log(directory, state.samples_seen, run.name, samples) as log:
         for batch, wait in loader.batches(place, state.samples_seen, samples):
-            if not training.flops_per_sample:
-                training.flops_per_sample = flops_per_sample(method, batch.to(training.device))
-            schedule.update(state.step)
+            training.enter_stage(batch)
+            schedule.update(training.curriculum.progress(state.step))
             losses = training.step(batch)
             _advance(training, batch, wait, directory, meter)
             log.advance(state.samples_seen)
@@ -275,7 +278,8 @@ def _line(training: _Training, losses: dict[str, float], meter: Meter) -> dict[s
 
 def _probe(probe: Probe, method: Method) -> dict[str, float]:
     method.eval()
-    found = probe(method)
+    with full_size(method):
+        found = probe(method)
     method.train()
     return found
 

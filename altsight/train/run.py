@@ -16,8 +16,9 @@ from altsight.core.errors import UserError, did_you_mean
 from altsight.core.rng import key
 from altsight.data.views import Crop
 from altsight.methods import find
-from altsight.methods.base import Corpus, Method
+from altsight.methods.base import Corpus, Method, check_encoder
 from altsight.nn.encoder import Encoder, EncoderConfig
+from altsight.train.curriculum import AccelerateConfig
 
 M = TypeVar("M")
 
@@ -77,6 +78,7 @@ class Run(Generic[M]):
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    accelerate: AccelerateConfig = field(default_factory=AccelerateConfig)
 
     @property
     def steps(self) -> int:
@@ -172,13 +174,19 @@ def build(run: Run[Any], corpus: Corpus) -> Method:
     """
     cls = find(run.name)
     encoder = Encoder(run.encoder)
-    if cls.masked and not encoder.is_vit:
-        raise UserError(
-            f"{run.name} masks patches, and '{run.encoder.model}' has none: use a ViT such as vit_base_patch16_224."
-        )
+    check_encoder(run.name, cls, encoder)
     method = cls(run.method, encoder, corpus)  # type: ignore[call-arg]
     method.init_weights(key(run.train.seed, 0, "init"))
     return method
+
+
+def check_least_batch(run: Run[Any], method: Method) -> None:
+    """Raise UserError if the global batch of `run` is too small for the method's loss to be defined on it."""
+    if run.train.batch < method.least_batch:
+        raise UserError(
+            f"{run.name} tells the samples of a batch from each other, and a batch of {run.train.batch} has no others: "
+            f"use --train.batch {method.least_batch} or more."
+        )
 
 
 def weights_hash(encoder: Encoder) -> str:

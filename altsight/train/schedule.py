@@ -19,12 +19,13 @@ class Schedule:
         self.optimizer, self.config, self.steps, self.peak = optimizer, config, steps, config.peak_lr(batch)
         self._rates = _rates(optimizer, config, max(steps, 1))
 
-    def update(self, step: int) -> None:
-        """Set what holds for `step`, the number of steps done."""
-        self._rates.step_update(step)
+    def update(self, step: float) -> None:
+        """Set what holds for `step`, the number of steps done; a curriculum may count them by what they cost."""
+        # timm says int, but its formulas hold for all that lies between.
+        self._rates.step_update(step)  # type: ignore[arg-type]
         decay = self.config.weight_decay
         if self.config.final_weight_decay is not None:
-            decay = Progress(step, self.steps).cosine(decay, self.config.final_weight_decay)
+            decay = Progress(round(step), self.steps).cosine(decay, self.config.final_weight_decay)
         for group in self.optimizer.param_groups:
             if group["constant_lr"]:
                 group["lr"] = self.peak * group["lr_scale"]

@@ -120,8 +120,9 @@ def test_without_a_text_tower_there_is_no_number(trained: dict[str, Found]) -> N
         assert all(r.value is None for (_, evaluator, _), r in trained[name].items() if evaluator != "linear")
 
 
+TOP5 = ("clipart", "zeroshot", "top5")
 NAMING = [
-    ("clipart", "zeroshot", "top5"),
+    TOP5,
     ("emoji", "zeroshot", "top5"),
     ("emoji groups", "zeroshot", "mean_class"),
     ("clipart", "retrieval", "image_to_text_r10"),
@@ -156,14 +157,15 @@ class Shuffled(Pairs):
         return dataclasses.replace(mine, parts=(mine.parts[0], *other.parts[1:]))
 
 
-def test_shuffled_captions_bring_zero_shot_to_chance(
-    trained: dict[str, Found], prepared: Prepared, folder: Path
-) -> None:
+def test_shuffled_captions_teach_no_names(trained: dict[str, Found], prepared: Prepared, folder: Path) -> None:
     """The evaluation can fail: with the captions of other images CLIP learns to name nothing."""
     wrong, right = train("clip", shuffled(prepared), folder / "shuffled"), trained["clip"]
-    # What is alike is answered alike, so a group as a whole is named rightly or wrongly: an interval over images says
-    # nothing of the luck in that. All ways to give the names to the groups do.
-    assert share_of_namings_as_good(folder / "shuffled") > 0.025
+    # Whether the *groups* are named better than by chance cannot be told here: what is alike is answered alike, and
+    # there are seven of them, the same seven under every seed. By how many of all 7! namings do as well, four shuffles
+    # gave shares of .011, .756, .011 and .382: a model that knows nothing is lucky, or unlucky, as a whole. So naming
+    # is compared image by image with what the true captions teach.
+    difference = paired_difference(hits_of(right[TOP5]), hits_of(wrong[TOP5]))
+    assert difference.low > 0, difference
     assert share_of_namings_as_good(folder / "clip") < 0.025
     for what in (w for w in NAMING if w[1] == "retrieval"):
         assert wrong[what].low is not None and wrong[what].chance is not None

@@ -7,18 +7,22 @@ import math
 from collections.abc import Callable
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import models
 from torch import Tensor
 
 from altsight.core.errors import UserError
 from altsight.core.rng import key
 from altsight.core.types import Batch, Document
-from altsight.data.views import Crop
+from altsight.data.text import Tokenizer
+from altsight.data.views import Crop, random_keep
 from altsight.methods.base import Corpus
 from altsight.methods.mae import MAE
 from altsight.methods.mug import MUG
 from altsight.nn.decoder import CaptionDecoderConfig, PixelDecoderConfig
-from altsight.nn.encoder import Encoder
+from altsight.nn.encoder import Encoder, EncoderConfig
+from altsight.train.accumulate import Accumulator, Embed
 from tests.methods.conftest import TEXTS
 
 CONFIG = MUG.Config(
@@ -67,6 +71,32 @@ def test_one_forward_of_the_encoder_feeds_both_decoders(method: MUG, batch: Batc
     assert latents[0].shape == (3, 1 + 2 + 4, 32)  # CLS, registers, a quarter of 16 patches
 
 
+def test_caption_sees_the_class_token_and_49_patches_of_196(corpus: Corpus, batch: Batch) -> None:
+    """At the source's size and mask ratio (specification PART 3)."""
+    encoder = Encoder(EncoderConfig("vit_tiny_patch16_224", width=32, depth=1, heads=2))
+    method = MUG(CONFIG, encoder, corpus)
+    method.init_weights(key(0, 0, "init"))
+    contexts: list[Tensor] = []
+    method.captions.register_forward_hook(lambda module, inputs, output: contexts.append(inputs[1]))
+    tensors = {
+        "image": torch.zeros(3, 3, 224, 224, dtype=torch.uint8),
+        "keep": torch.stack([random_keep(196, method.config.mask_ratio, key(0, i)) for i in range(3)]),
+        "text": batch["text"],
+    }
+    method.embed(dataclasses.replace(batch, tensors=tensors), key(0, 0))
+    assert contexts[0].shape == (3, 1 + 49, 32)
+
+
+def test_a_token_changes_no_earlier_logits(method: MUG, batch: Batch) -> None:
+    logits = caption_logits(method, batch)
+    for t in range(1, 8):
+        text = batch["text"].clone()
+        text[:, t] = (text[:, t] + 5) % 290
+        other = caption_logits(method, dataclasses.replace(batch, tensors={**batch.tensors, "text": text}))
+        assert torch.equal(other[:, :t], logits[:, :t])
+        assert not torch.allclose(other[:, t], logits[:, t])
+
+
 def slow_caption_sum(logits: Tensor, ids: Tensor, pad: int) -> tuple[float, int]:
     total, count = 0.0, 0
     for row in range(len(ids)):
@@ -86,6 +116,22 @@ def test_losses_equal_reference(method: MUG, corpus: Corpus, batch: Batch) -> No
     assert local["caption"].item() == pytest.approx(total, rel=1e-5)
     assert {name: n.item() for name, n in counts.items()} == {"pixels": 3 * 12, "caption": count}
     assert method.weights() == {"pixels": 1.0, "caption": 0.1}
+
+
+def test_the_loss_is_the_weighted_sum(encoder: Encoder, corpus: Corpus, batch: Batch) -> None:
+    """Of the mean over masked patches and the mean over caption tokens; compared by its gradient."""
+    method = MUG(dataclasses.replace(CONFIG, recon_weight=0.7, caption_weight=0.3), encoder, corpus)
+    method.init_weights(key(0, 0, "init"))
+    local, counts = method.embed(batch, key(0, 0)).local, method.counts(batch)
+    total = 0.7 * local["pixels"] / counts["pixels"] + 0.3 * local["caption"] / counts["caption"]
+    total.backward()  # type: ignore[no-untyped-call]
+    expected = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+    method.zero_grad()
+    losses, _ = Accumulator(method, Embed(method), seed=0)(batch)
+    assert sum(method.weights()[name] * value.item() for name, value in losses.items()) == pytest.approx(total.item())
+    for name, p in method.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, expected[name])
 
 
 def test_pixel_branch_is_maes(method: MUG, corpus: Corpus, batch: Batch) -> None:
@@ -134,3 +180,44 @@ def test_prepare(method: MUG, encoder: Encoder, corpus: Corpus, document: Callab
 def test_needs_text(encoder: Encoder) -> None:
     with pytest.raises(UserError, match="mug learns from text"):
         MUG(CONFIG, encoder, Corpus())
+
+
+@pytest.mark.parametrize(
+    ("model", "millions"),
+    [("vit_small_patch16_224", (21.6, 25.6, 55.1)), ("vit_large_patch16_224", (303.1, 26.2, 288.4))],
+)
+@pytest.mark.parametrize("width", [None, 768])
+def test_sizes_s_and_l(model: str, millions: tuple[float, float, float], width: int | None) -> None:
+    """S is 384/12/6, L 1024/24/16. The text decoder is as wide as the encoder, or maps its tokens to its own width."""
+    vocabulary = {"[PAD]": 0, "[CLS]": 101, "[SEP]": 102} | {f"w{i}": i for i in range(30522) if i not in (0, 101, 102)}
+    tokenizer = Tokenizer(tokenizers.Tokenizer(models.WordLevel(vocabulary, "w1")), pad=0, start=101, end=102)
+    config = MUG.Config(captions=CaptionDecoderConfig(width=width, heads=12))
+    with torch.device("meta"):
+        method = MUG(config, Encoder(EncoderConfig(model)), Corpus(tokenizer))
+    latent = method.encoder.width
+    text = width or latent
+
+    def layer(reads: int) -> int:
+        """Norm, fused queries and SwiGLU, two maps out; one key and one value head from what it reads."""
+        return text + text * (12 * 64 + 8 * text) + 2 * 64 * reads + 12 * 64 * text + 4 * text * text
+
+    captions = 30522 * text + 6 * layer(text) + 12 * layer(latent) + text
+    assert sum(p.numel() for p in method.captions.parameters()) == captions
+    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (method.encoder, method.pixels)]
+    assert sizes == pytest.approx(millions[:2], abs=0.5)
+    if width is None:
+        assert captions / 1e6 == pytest.approx(millions[2], abs=0.1)
+
+
+def test_horizontal_flips_are_the_crops_option(method: MUG, document: Callable[..., Document]) -> None:
+    """MAE's default, kept with captions; --data.crop.flip False switches it off."""
+    crop, straight = Crop(scale=(1.0, 1.0)), Crop(scale=(1.0, 1.0), flip=False)
+    mirrored = []
+    for position in range(8):
+        at = key(0, position)
+        first, second = (method.prepare(c, 32)(document(), at) for c in (crop, straight))
+        assert first is not None and second is not None
+        mirrored.append(not torch.equal(first["image"], second["image"]))
+        assert torch.equal(first["image"], second["image"].flip(-1) if mirrored[-1] else second["image"])
+        assert torch.equal(first["text"], second["text"])
+    assert len(set(mirrored)) == 2

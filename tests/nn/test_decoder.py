@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from altsight.core.errors import UserError
 from altsight.core.rng import key
-from altsight.data.text import Tokenizer, train_tokenizer
 from altsight.nn.decoder import CaptionDecoder, CaptionDecoderConfig, PixelDecoder, PixelDecoderConfig, rotary
 from altsight.nn.encoder import Encoder, EncoderConfig
 from altsight.nn.init import sincos_2d
@@ -204,49 +203,3 @@ def test_caption_decoder_takes_the_encoder_width_by_default() -> None:
     assert not any(name.endswith("bias") for name, _ in decoder.named_parameters())
     decoder(torch.tensor([[1, 2]]), random(1, 3, 20)).sum().backward()
     assert all(p.grad is not None for p in decoder.parameters())
-
-
-class Scripted(CaptionDecoder):
-    """Wants `script[row][t]` as the token at place t, and start or padding even more."""
-
-    script: Tensor
-    loud: list[int]
-
-    def forward(self, ids: Tensor, latent: Tensor) -> Tensor:
-        logits = torch.zeros(*ids.shape, self.embedding.num_embeddings)
-        logits[..., self.loud] = 9.0
-        rows = torch.arange(len(ids))
-        logits[rows, -1, self.script[:, ids.shape[1]]] = 5.0
-        return logits
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(iter(["a red house", "two dogs"]), 300)
-
-
-def scripted(tokenizer: Tokenizer, script: list[list[int]]) -> Scripted:
-    decoder = Scripted(SMALL, tokenizer.vocab_size, 20)
-    decoder.script, decoder.loud = torch.tensor(script), [tokenizer.pad, tokenizer.start]
-    return decoder
-
-
-def test_generate_follows_the_largest_logit_to_the_end_token(tokenizer: Tokenizer) -> None:
-    start, end = tokenizer.start, tokenizer.end
-    decoder = scripted(tokenizer, [[0, 0, 20, end, 50, 50, 50], [0, 0, 30, 31, 32, end, 50]])
-    ids = decoder.generate(random(2, 3, 20), tokenizer, torch.tensor([[start, 7]] * 2), max_length=7)
-    assert ids.tolist() == [[start, 7, 20, end, end, end], [start, 7, 30, 31, 32, end]]
-
-
-def test_generate_stops_at_the_longest_length(tokenizer: Tokenizer) -> None:
-    decoder = scripted(tokenizer, [[20] * 9])
-    ids = decoder.generate(random(1, 3, 20), tokenizer, torch.tensor([[tokenizer.start]]), max_length=5)
-    assert ids.tolist() == [[tokenizer.start, 20, 20, 20, 20]]
-
-
-def test_generate_can_stop_where_padding_is_the_end_token(tokenizer: Tokenizer) -> None:
-    same = dataclasses.replace(tokenizer, pad=tokenizer.end)
-    decoder = scripted(same, [[0, 20, same.end, 50, 50]])
-    decoder.loud = [same.start]
-    ids = decoder.generate(random(1, 3, 20), same, torch.tensor([[same.start]]), max_length=5)
-    assert ids.tolist() == [[same.start, 20, same.end]]

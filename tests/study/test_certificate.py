@@ -116,3 +116,11 @@ def test_settings_machines_and_skipped_steps_are_said() -> None:
 def test_an_arm_that_skips_facts_is_not_hidden() -> None:
     made = certify(study(arm("mae"), dataclasses.replace(arm("clip"), results=(accuracy(hits(3)),))))
     assert fact(made, "evaluation data, pets: knn")[0] == (ABSENT, "d0d0")
+
+
+def test_variants_and_pairs_are_said() -> None:
+    of = plan(methods=("mae", "clip_hot"), references=(), variants={"clip_hot": "clip"}, pairs=("clip_hot",))
+    made = certify(study(arm("mae", of=of), arm("clip_hot", of=of), of=of))
+    said = text(made.differences)
+    assert "one method under several settings: clip_hot is clip" in said
+    assert "Of each document clip_hot sees one image with its sentence" in said

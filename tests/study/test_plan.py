@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,7 +103,7 @@ def test_probes_and_log_lines_follow_the_length_of_the_run() -> None:
     [
         ('["mae", "clip"]', '["mea", "clip"]', ["methods", "Did you mean 'mae'"]),
         ('["supervised"]', '["supervized"]', ["references", "Did you mean 'supervised'"]),
-        ('["supervised"]', '["mae"]', ["names a method twice"]),
+        ('["supervised"]', '["mae"]', ["names an arm twice"]),
         ('["mae", "clip"]', "[]", ["methods", "at least one"]),
         ("samples = 640", "", ["budget", "nothing"]),
         ("samples = 640", "samples = 640\nflops = 1e9", ["budget", "samples and flops"]),
@@ -145,3 +146,36 @@ def test_merge_leaves_other_leaves_alone() -> None:
     base = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert merge(base, {"a": {"c": {"d": 5}}, "f": 6}) == {"a": {"b": 1, "c": {"d": 5}}, "e": 3, "f": 6}
     assert base["a"] == {"b": 1, "c": {"d": 2}}
+
+
+VARIANTS = {"clip_hot": "clip", "clip_cold": "clip"}
+
+
+def test_a_variant_is_its_method_under_settings_of_its_own() -> None:
+    made = plan(
+        methods=("mae", "clip_hot", "clip_cold"),
+        variants=VARIANTS,
+        overrides={"clip_hot": {"method": {"temperature": 1.0}}, "clip_cold": {"optim": {"lr": 0.25}}},
+    )
+    made.check()
+    hot, cold = made.run("clip_hot", 0, 640), made.run("clip_cold", 0, 640)
+    assert (hot.name, cold.name, made.method_of("mae")) == ("clip", "clip", "mae")
+    assert (hot.method.temperature, cold.method.temperature) == (1.0, 0.07)
+    assert (hot.optim.lr, cold.optim.lr) == (5e-4, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"variants": {"clip_hot": "clpi"}}, r"variants\.clip_hot: .* Did you mean 'clip'"),
+        ({"variants": {"clip_hot": "clip"}}, r"variants\.clip_hot: the plan does not train clip_hot"),
+        ({"methods": ("mae", "mug"), "variants": {"mug": "clip"}}, "'mug' must be a name of its own"),
+        ({"methods": ("mae", "a/b"), "variants": {"a/b": "clip"}}, "'a/b' must be a name of its own"),
+        ({"methods": ("mae", "untrained"), "variants": {"untrained": "clip"}}, "'untrained' must be a name of its own"),
+        ({"methods": ("mae", "clip_hto"), "variants": {"clip_hot": "clip"}}, "Did you mean 'clip_hot'"),
+        ({"pairs": ("clpi",)}, r"pairs\.clpi: the plan does not train clpi"),
+    ],
+)
+def test_wrong_variants_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        plan(**changes).check()

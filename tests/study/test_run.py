@@ -11,22 +11,26 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import altsight_samples
 import numpy as np
 import pytest
 from PIL import Image
 
 import altsight.study.run as study_run
 from altsight.core.errors import UserError
+from altsight.core.rng import key
+from altsight.data.prepare import PrepareConfig, prepare
 from altsight.data.prepared import open_prepared
 from altsight.evals import evaluate
 from altsight.nn.encoder import EncoderConfig
 from altsight.study.budget import resolve
 from altsight.study.certificate import certify
+from altsight.study.pairs import data_of
 from altsight.study.plan import Budget, Plan, SourceConfig, TaskConfig
 from altsight.study.result import load_study
 from altsight.study.run import study
 from altsight.train.loop import Stopped
-from altsight.train.run import TrainConfig
+from altsight.train.run import DataConfig, TrainConfig
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 TEXT = {"width": 32, "heads": 2, "layers": 1, "context": 8}
@@ -183,3 +187,29 @@ def test_a_budget_below_one_batch_is_refused(toy: Plan, done: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"budget\.flops: 10 pays for 0\.0 samples of mae"):
         resolve(plan, open_prepared(done / "data"), tmp_path)
     assert not (tmp_path / "budget.json").exists()
+
+
+def test_arms_that_learn_from_pairs_see_the_same_documents(toy: Plan, done: Path, tmp_path: Path) -> None:
+    prepare(PrepareConfig(str(altsight_samples.documents()), tmp_path / "data", vocab_size=300))
+    documents = open_prepared(tmp_path / "data")
+    clip = toy.overrides["clip"]
+    plan = dataclasses.replace(
+        toy,
+        methods=("clip", "paired"),
+        variants={"paired": "clip"},
+        pairs=("paired",),
+        source=None,
+        data=DataConfig(str(tmp_path / "data"), workers=0),
+        overrides={"clip": clip, "paired": clip},
+    )
+    pairs = data_of(plan, "paired", documents)
+    assert data_of(plan, "clip", documents) is documents and pairs.hash() != documents.hash()
+    at = key(0, 0, "document")
+    assert len(pairs.source.document(0, at).parts) == 2 < len(documents.source.document(0, at).parts)
+    study(plan, tmp_path / "study")
+    first, second = load_study(tmp_path / "study").arms[1:]
+    assert first.summary and second.summary
+    assert first.summary.sample_hash == second.summary.sample_hash
+    assert first.summary.final_loss != second.summary.final_loss
+    with pytest.raises(UserError, match="holds no interleaved documents of which paired"):
+        data_of(plan, "paired", open_prepared(done / "data"))

@@ -1,0 +1,145 @@
+"""CoCa: one decoder pass matches texts with images and writes captions (Yu et al. 2022; specification A4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from altsight.core.config import OptimConfig
+from altsight.core.rng import Key
+from altsight.core.types import Batch, Outputs, Progress
+from altsight.data.views import Crop
+from altsight.losses.captioning import next_token_ce_sum, target_count
+from altsight.losses.contrastive import clip_loss
+from altsight.methods.base import Corpus, Method
+from altsight.methods.clip import CLIPPrepare
+from altsight.methods.mae import inference
+from altsight.nn.caption import write
+from altsight.nn.coca import CoCaDecoderConfig, MultimodalText, UnimodalText
+from altsight.nn.encoder import Encoded, Encoder
+from altsight.nn.pool import AttentionPool
+
+
+class CoCa(Method):
+    """Contrastive captioner: the text half of the decoder yields text embeddings, the other half captions.
+
+    Two attentional poolers read the patch tokens: a generative one with many queries, for the captions, and a
+    contrastive one with a single query, for the image embedding. For the paper's encoder set --encoder.img-size 288
+    --encoder.patch-size 18.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """Hyper-parameters of CoCa-Base."""
+
+        decoder: CoCaDecoderConfig = field(default_factory=CoCaDecoderConfig)
+        queries: int = 256
+        """Image tokens that the captions see."""
+        cascade: bool = True
+        """The contrastive pooler reads the generative one's tokens; False: both read the encoder's."""
+        contrastive_weight: float = 1.0
+        caption_weight: float = 2.0
+        temperature: float = 0.07
+        """What the cosines are divided by at the start; learned from there."""
+        max_scale: float = 100.0
+        """Largest inverse temperature. [unconfirmed]: CLIP's."""
+
+    # The paper's Adafactor is that of "Scaling Vision Transformers", with momentum and a bounded beta2. timm's
+    # `adafactorbv` is the same: it steps by the learning rate itself, where `adafactor` steps relative to the weights.
+    optim: ClassVar[OptimConfig] = OptimConfig(
+        name="adafactorbv",
+        lr=8e-4,
+        lr_base_batch=0,
+        weight_decay=0.01,
+        betas=(0.9, 0.999),
+        eps=1e-30,
+        warmup_fraction=0.02,
+        schedule="linear",
+    )
+    shares: ClassVar[bool] = True
+    least_batch: ClassVar[int] = 2
+
+    text: UnimodalText
+
+    def __init__(self, config: CoCa.Config, encoder: Encoder, corpus: Corpus) -> None:
+        super().__init__(encoder)
+        self.config = config
+        self.tokenizer = corpus.need_tokenizer("coca")
+        width, heads = config.decoder.width, config.decoder.heads
+        self.text = UnimodalText(config.decoder, self.tokenizer)
+        self.captions = MultimodalText(config.decoder, self.tokenizer.vocab_size)
+        self.generative = AttentionPool(encoder.width, width, heads, config.queries)
+        self.contrastive = AttentionPool(width if config.cascade else encoder.width, width, heads, 1)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+
+    def init_weights(self, at: Key) -> None:
+        """Set every parameter and buffer from `at`."""
+        super().init_weights(at)
+        for name in ("text", "captions", "generative", "contrastive"):
+            module = self.get_submodule(name)
+            assert isinstance(module, UnimodalText | MultimodalText | AttentionPool)
+            module.init_weights(at.child(name))
+        nn.init.constant_(self.logit_scale, -math.log(self.config.temperature))
+
+    def prepare(self, crop: Crop, size: int) -> CLIPPrepare:
+        """Return the preparation: one crop and the text's tokens."""
+        return CLIPPrepare(crop, size, self.tokenizer, self.text.context)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Count caption tokens."""
+        return {"caption": target_count(batch["text"], self.tokenizer.end)}
+
+    def embed(self, batch: Batch, at: Key) -> Outputs:
+        """Return the joint features (B, W) of images and texts, and the caption loss, from one pass of each tower."""
+        ids = batch["text"]
+        patches = self.encoder(self.encoder.normalize(batch["image"]), batch.get("visible")).patches
+        tokens, image = self._pool(patches)
+        states = self.text.states(ids)
+        # The CLS state, and that of the last token, which has nothing to predict, end here.
+        logits = self.captions(states[:, :-2], tokens)
+        return Outputs(
+            shared={"image": image, "text": self.text.embedding(states)},
+            local={"caption": next_token_ce_sum(logits, ids, self.tokenizer.end)},
+        )
+
+    def loss(self, shared: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this rank's share of the contrastive loss: the sum of both directions, twice CLIP's mean."""
+        return {"contrastive": 2 * clip_loss(shared["image"], shared["text"], self.logit_scale.exp())}
+
+    def weights(self) -> dict[str, float]:
+        """Return the weights of the two losses."""
+        return {"contrastive": self.config.contrastive_weight, "caption": self.config.caption_weight}
+
+    def embed_image(self, encoded: Encoded) -> Tensor:
+        """Return the image embedding (B, W)."""
+        return self._pool(encoded.patches)[1]
+
+    def _pool(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the image tokens (B, queries, W) and the image embedding (B, W)."""
+        tokens = self.generative(patches)
+        return tokens, self.contrastive(tokens if self.config.cascade else patches)[:, 0]
+
+    @torch.no_grad()
+    def after_step(self, at: Progress) -> None:
+        """Keep the scale between 1 and `max_scale`."""
+        self.logit_scale.clamp_(0, math.log(self.config.max_scale))
+
+    def report(self) -> dict[str, float]:
+        """Return the inverse temperature."""
+        return {"scale": self.logit_scale.exp().item()}
+
+    def caption(self, images: Tensor, max_length: int | None = None, prefix: str = "") -> list[str]:
+        """Return a greedy caption for each of `images` (B, 3, H, W) uint8, starting with `prefix`; see MUG's."""
+        length = self.config.decoder.length
+        with inference(self):
+            tokens = self.generative(self.encoder(self.encoder.normalize(images)).patches)
+
+            def step(ids: Tensor) -> Tensor:
+                logits: Tensor = self.captions(self.text.states(ids)[:, :-1], tokens)
+                return logits[:, -1]
+
+            return write(step, self.tokenizer, images, prefix, min(max_length or length, length))
