@@ -122,6 +122,7 @@ class DINOv2(Method):
         self.heads = nn.ModuleDict({"views": config.head.build(encoder.width)})
         if not config.shared_head:
             self.heads["patches"] = patch_head.build(encoder.width)
+        self._patches = "views" if config.shared_head else "patches"
         self.targets = Targets(config.targets, config.head.prototypes)
         self.patch_targets = Targets(config.targets, patch_head.prototypes)
         self.mask_token = mask_token(encoder)
@@ -132,11 +133,6 @@ class DINOv2(Method):
     def students(self) -> Mapping[str, nn.Module]:
         """Return what the teacher follows, by name."""
         return {"encoder": self.encoder, **dict(self.heads.items())}
-
-    @property
-    def patches(self) -> str:
-        """The name of the patches' head."""
-        return "views" if self.config.shared_head else "patches"
 
     def init_weights(self, at: Key) -> None:
         """Set every parameter and buffer from `at`; the teacher starts as the student."""
@@ -165,15 +161,15 @@ class DINOv2(Method):
         seen = self.encoder(large, mask=mask, mask_token=self.mask_token[0])
         shared = {
             "student": student_views(self.encoder, self._student("views"), seen, batch),
-            "student_patches": self.heads[self.patches](seen.patches[mask]),
+            "student_patches": self.heads[self._patches](seen.patches[mask]),
             "masked": masked_count(mask),
-            "cls": by_sample(summary_token(self.encoder, seen), 2),
+            "cls": by_sample(summary_token(self.encoder, seen), 2).float(),
         }
         with torch.no_grad():
             encoder = teacher_encoder(self.teacher)
             whole = encoder(large)
             shared["teacher"] = by_sample(self.teacher["views"](summary_token(encoder, whole)), 2)
-            shared["teacher_patches"] = self.teacher[self.patches](whole.patches[mask])
+            shared["teacher_patches"] = self.teacher[self._patches](whole.patches[mask])
         return Outputs(shared=shared)
 
     def loss(self, shared: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -186,10 +182,10 @@ class DINOv2(Method):
         with torch.no_grad():
             targets = self.targets(teacher_head(self.teacher, "views").logits(shared["teacher"]))
             patch_targets = self.patch_targets(
-                teacher_head(self.teacher, self.patches).logits(shared["teacher_patches"])
+                teacher_head(self.teacher, self._patches).logits(shared["teacher_patches"])
             )
         views = view_ce(self._student("views").logits(shared["student"], self.frozen), targets, temperature)
-        student = self._student(self.patches).logits(shared["student_patches"], self.frozen)
+        student = self._student(self._patches).logits(shared["student_patches"], self.frozen)
         patches = masked_ce_sum(student, patch_targets, shared["masked"], temperature)
         patch_floor = per_crop_sum(self.patch_targets.entropies, shared["masked"]) / (2 * len(views))
         self.floor = self.targets.entropies.mean() + patch_floor

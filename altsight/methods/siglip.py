@@ -108,11 +108,9 @@ class SigLIP(Method):
 
     def no_weight_decay(self) -> set[str]:
         """Exempt all that is no map: tokens, position tables, the probe and the embeddings of words."""
-        towers = {"encoder": self.encoder.no_weight_decay(), "text": self.text.no_weight_decay()}
-        towers["pool"] = self.pool.no_weight_decay()
-        return {f"{tower}.{name}" for tower, names in towers.items() for name in names} | {
-            "text.token_embedding.weight"
-        }
+        parts = {"encoder": self.encoder, "text": self.text, "pool": self.pool}
+        names = {f"{part}.{name}" for part, module in parts.items() for name in module.no_weight_decay()}
+        return names | {"text.token_embedding.weight"}
 
     def report(self) -> dict[str, float]:
         """Return scale and bias."""

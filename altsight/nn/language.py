@@ -125,7 +125,8 @@ class PretrainedTower(_FirstTokenTower):
                 f"the language model '{name}' reads {longest} tokens at most, and a text has {context}: lower "
                 "--method.text.context."
             )
-        super().__init__(_without_pooler(AutoModel.from_config(config).float()), tokenizer, context, embed_dim)
+        model: Any = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+        super().__init__(_without_pooler(model.float()), tokenizer, context, embed_dim)
         self.name = name
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):

@@ -83,9 +83,9 @@ class MAPHead(nn.Module):
         with torch_seeded(at.child("mlp")):
             reset(self.norm)
             nn.init.xavier_uniform_(self.pool.queries)
-            for linear in (self.mlp.fc1, self.mlp.fc2):
-                nn.init.xavier_uniform_(linear.weight)
-                nn.init.zeros_(linear.bias)
+            for name in ("fc1", "fc2"):
+                nn.init.xavier_uniform_(self.mlp.get_parameter(f"{name}.weight"))
+                nn.init.zeros_(self.mlp.get_parameter(f"{name}.bias"))
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters of two dimensions that do not decay: the probe."""

@@ -81,7 +81,8 @@ class PatchTokenizer(nn.Module):
 
     def check(self, size: int) -> None:
         """Raise UserError if the file is missing, or is no tokenizer for images of `size` x `size` pixels."""
-        if not (self.network if self.is_network else self.words.any()):
+        there = self.network if self.is_network else not self.config.path or bool(self.words.any())
+        if not there:
             raise UserError(
                 f"the file '{self.config.path}' of --method.tokenizer.path does not exist: train a codebook with "
                 "`altsight codebook`, or leave the setting away."

@@ -67,21 +67,21 @@ def _of_file(path: Path) -> Weights:
 
 
 def _of_timm(config: EncoderConfig) -> Weights:
-    size = {"img_size": config.img_size} if config.model.startswith(("vit_", "deit")) else {}
+    size: dict[str, Any] = {"img_size": config.img_size} if config.model.startswith(("vit_", "deit")) else {}
     try:
-        model = timm.create_model(config.model, pretrained=True, num_classes=0, **size)
+        model: Any = timm.create_model(config.model, pretrained=True, num_classes=0, **size)
     except Exception as error:  # what a hub without a network raises is of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"timm's weights of '{config.model}' cannot be fetched ({reason}): connect to a network, or give a file of "
             "weights."
         ) from None
-    known = {name: model.pretrained_cfg[name] for name in ("mean", "std")}
-    if (tuple(known["mean"]), tuple(known["std"])) != NORMALIZATIONS[config.normalization]:
-        fitting = [n for n, value in NORMALIZATIONS.items() if value == (tuple(known["mean"]), tuple(known["std"]))]
+    statistics = tuple(tuple(model.pretrained_cfg[name]) for name in ("mean", "std"))
+    if statistics != NORMALIZATIONS[config.normalization]:
+        fitting = [name for name, value in NORMALIZATIONS.items() if value == statistics]
         raise UserError(
-            f"timm's weights of '{config.model}' expect images of mean {known['mean']} and deviation {known['std']}: "
-            f"set --encoder.normalization {' or '.join(fitting) or 'so, which Altsight does not have'}."
+            f"timm's weights of '{config.model}' expect images of mean {statistics[0]} and deviation {statistics[1]}: "
+            + (f"set --encoder.normalization {fitting[0]}." if fitting else "Altsight has no such normalization.")
         )
     return {f"backbone.{name}": value for name, value in model.state_dict().items()}
 

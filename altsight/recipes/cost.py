@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import tempfile
 import tomllib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from altsight.core.config import from_dict
@@ -27,6 +29,7 @@ from altsight.data.prepare import PrepareConfig, prepare, read_pairs
 from altsight.data.prepared import open_prepared
 from altsight.data.sources import Source
 from altsight.data.text import Tokenizer, train_tokenizer
+from altsight.methods import find
 from altsight.methods.base import Corpus, Method, Samples
 from altsight.nn.encoder import Encoder
 from altsight.study.plan import locate
@@ -127,8 +130,22 @@ def from_scratch(run: Run[Any]) -> Run[Any]:
 
 
 def _counted(run: Run[Any], corpus: Corpus, kind: str) -> Cost:
-    method = build(run, corpus)
-    batch = _batch(method, run, kind)
+    """Count without computing, on tensors that have shapes only; by computing where something depends on values."""
+    with torch.device("meta"):
+        method: Method = find(run.name)(run.method, Encoder(run.encoder), corpus)  # type: ignore[call-arg]
+    try:
+        batch = _batch(method, run, kind)
+        # Copies of such tensors are warned of, since they have no address.
+        with FakeTensorMode(allow_non_fake_inputs=True) as shapes, warnings.catch_warnings(action="ignore"):
+            method.to_empty(device="cpu")
+            batch.tensors = {name: shapes.from_tensor(tensor) for name, tensor in batch.tensors.items()}
+            return _count(method, batch, run)
+    except RuntimeError:
+        method = build(run, corpus)
+        return _count(method, _batch(method, run, kind), run)
+
+
+def _count(method: Method, batch: Batch, run: Run[Any]) -> Cost:
     few, more = (_saved(method, batch.part(0, n)) for n in (FEW, MORE))
     activations = (more - few) // (MORE - FEW)
     parameters = sum(p.numel() for p in method.parameters())
@@ -146,13 +163,13 @@ def _counted(run: Run[Any], corpus: Corpus, kind: str) -> Cost:
 
 def _saved(method: Method, batch: Batch) -> int:
     """Return the bytes of all tensors that the graph of one forward keeps for the backward, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in method.parameters()}
+    own = {p.untyped_storage()._cdata for p in method.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     at = key(0, 0, "account")

@@ -62,7 +62,7 @@ def plan() -> Plan:
 
 
 def probe(view: View, plan: Plan) -> list[Result]:
-    """Return the linear probe on the emoji; val and test change places once, so that it is tested on twice the items."""
+    """Return the linear probe on the emoji; val and test change places once, so it is tested on twice the items."""
     emoji = open_tasks(plan.tasks)[1]
     swapped = dataclasses.replace(emoji, name="emoji swapped", val=emoji.test, test=emoji.val)
     return evaluate(view, [emoji, swapped], ["linear"])

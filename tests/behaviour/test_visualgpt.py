@@ -27,7 +27,7 @@ from altsight.train.accumulate import Accumulator, Embed
 from tests.behaviour.conftest import prepared_shapes
 
 pytestmark = pytest.mark.slow
-PAIRS, TEXTS, HELD_OUT, LENGTH = 60, 4000, 200, 16
+PAIRS, TEXTS, LM_STEPS, HELD_OUT, LENGTH = 60, 4000, 600, 200, 16
 ENCODER = EncoderConfig("vit_tiny_patch16_224", img_size=32, patch_size=8, width=64, depth=2, heads=2)
 DECODER = GatedConfig(width=64, heads=2, layers=2, length=LENGTH, visual_hidden=128)
 
@@ -41,12 +41,12 @@ def pretrain_language_model(data: Prepared, folder: Path, seed: int) -> None:
         config = GPT2Config(vocab_size=data.tokenizer.vocab_size, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=2)
         model: Any = GPT2LMHeadModel(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for step in range(200):
+        for step in range(LM_STEPS):
             part = ids[torch.randint(TEXTS, (64,))]
             logits = model(part[:, :-1]).logits
             loss = next_token_ce_sum(logits, part, data.tokenizer.end) / target_count(part, data.tokenizer.end)
             for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * (1 - step / 200)
+                group["lr"] = 3e-3 * (1 - step / LM_STEPS)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

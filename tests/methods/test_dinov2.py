@@ -137,7 +137,7 @@ def test_teacher_follows_encoder_and_heads(method: DINOv2) -> None:
 def test_centres_follow_their_rows_under_softmax_only(method: DINOv2, views: Batch) -> None:
     before = [t.centre.clone() for t in (method.targets, method.patch_targets)]
     shared = method.embed(views, key(0, 0)).shared
-    heads = [method.teacher["views"], method.teacher[method.patches]]
+    heads = [method.teacher["views"], method.teacher["views" if method.config.shared_head else "patches"]]
     rows = [h.logits(shared[n]) for h, n in zip(heads, ("teacher", "teacher_patches"), strict=True)]
     method.loss(shared)
     method.after_step(Progress(0, 10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from altsight.core.rng import key
 from altsight.methods import METHODS, find
 from altsight.methods.base import Corpus, Method
 from altsight.nn.encoder import Encoder, EncoderConfig
+from tests.contract.tiny import tiny_run
 
 CONFIGS = {
     "mae_init": EncoderConfig("vit_tiny_patch16_224", 32, 8, 32, 2, 2, registers=2),
@@ -22,8 +24,7 @@ CONFIGS = {
 
 
 def build(name: str, corpus: Corpus, config: EncoderConfig) -> Method:
-    cls = find(name)
-    return cls(cls.Config(), Encoder(config), corpus)  # type: ignore[call-arg]
+    return find(name)(tiny_run(name, Path(), 64).method, Encoder(config), corpus)  # type: ignore[call-arg]
 
 
 def ruin(method: Method) -> None:

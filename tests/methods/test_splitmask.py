@@ -178,7 +178,6 @@ def test_block_halves_are_in_few_pieces(encoder: Encoder, document: Callable[...
     shares, free = {}, []
     for split in ("block", "uniform"):
         method = SplitMask(dataclasses.replace(CONFIG, split=split), large, Corpus())  # type: ignore[arg-type]
-        method.tokenizer.words = torch.ones(1)
         prepare = dataclasses.replace(method.prepare(Crop(), 224), size=16)
         assert (prepare.grid, prepare.largest) == ((14, 14), 75)
         same = []
