@@ -1,6 +1,6 @@
 """Count what one sample of every recipe and every arm of a packaged study costs: `python -m bench.recipes [NAME ...]`.
 
-The result is altsight/recipes/costs.toml, which `altsight recipes` reads. With names of recipes, studies or methods,
+The result is altsight/recipes/costs.toml, which `altsight recipes` reads. With names of recipes, studies (study_cc3m), arms (study_cc3m.mae) or methods,
 only these are counted anew.
 """
 
@@ -43,10 +43,9 @@ def wanted() -> Iterator[tuple[str, str, str, Callable[[], Run[Any]], dict[str, 
 def main(names: list[str]) -> None:
     """Count, and write the file after every entry."""
     torch.set_num_threads(1)
-    found = {group: dict(costs) for group, costs in stored().items()}
     counted: dict[str, Cost] = {}
     for group, name, method, make, about in wanted():
-        if names and not {group, name, method} & set(names):
+        if names and not {group, name, method, f"{group}.{name}"} & set(names):
             continue
         start = time.perf_counter()
         try:
@@ -56,17 +55,23 @@ def main(names: list[str]) -> None:
         except (UserError, RuntimeError) as error:
             print(f"{group} {name}: {error}", flush=True)
             continue
-        counted[same] = found.setdefault(group, {})[name] = cost
-        write(found)
+        counted[same] = cost
+        keep(group, name, cost)
         print(f"{group} {name}: {cost.flops:.3g} FLOPs ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
-def write(found: dict[str, dict[str, Cost]]) -> None:
-    """Write costs.toml, groups and entries in alphabetical order."""
+def keep(group: str, name: str, cost: Cost) -> None:
+    """Put one entry into costs.toml, and take out what is no recipe or arm any more."""
+    stored.cache_clear()
+    costs = {(g, n): old for g, olds in stored().items() for n, old in olds.items()} | {(group, name): cost}
+    known = {(g, n) for g, n, *_ in wanted()}
     lines = [HEAD]
-    for group, costs in sorted(found.items()):
-        lines += [f"[{group}]", *(f"{name} = {_table(cost)}" for name, cost in sorted(costs.items())), ""]
-    FILE.write_text("\n".join(lines), encoding="utf-8")
+    for group in sorted({g for g, _ in costs}):
+        entries = sorted((n, c) for (g, n), c in costs.items() if g == group and (g, n) in known)
+        lines += [f"[{group}]", *(f"{n} = {_table(c)}" for n, c in entries), ""]
+    part = FILE.with_suffix(".part")
+    part.write_text("\n".join(lines), encoding="utf-8")
+    part.replace(FILE)
 
 
 def _table(cost: Cost) -> str:

@@ -40,6 +40,8 @@ TEMPLATES = (
     "a picture of a {size} {colour} {shape} to the {side}",
     "the {side} side shows a {colour} {shape} that is {size}",
 )
+REMEMBERED = 2**14
+"""Samples that are kept once they are made: a small set is seen many times over."""
 CLASSES = tuple(sorted(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES))
 
 
@@ -97,26 +99,11 @@ class Shapes:
 
     def image(self, i: int) -> bytes:
         """Return picture `i` as a PNG file."""
-        rng = self._key(i).child("picture").generator()
-        fields = self.fields(i)
-        paint = np.array(COLOURS[fields["colour"]]) + rng.normal(0, 12, 3)
-        middle = rng.normal([0.5, SIDES[fields["side"]]], [0.08, 0.05])
-        half = SIZES[fields["size"]] * rng.uniform(0.85, 1.15)
-        cover = _cover(fields["shape"], self.pixels, middle, half)[..., None]
-        picture = cover * paint + (1 - cover) * _background(self.pixels, rng)
-        picture += rng.normal(0, 12, picture.shape)
-        file = io.BytesIO()
-        PIL.Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(file, "PNG", compress_level=1)
-        return file.getvalue()
+        return _png(self.seed, i, self.pixels)
 
     def fields(self, i: int) -> dict[str, Any]:
         """Return what sample `i` shows: `label` ("red circle"), `shape`, `colour`, `size` and `side`."""
-        rng = self._key(i).generator()
-        drawn = {
-            name: str(rng.choice(list(values)))
-            for name, values in (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES), ("side", SIDES))
-        }
-        return {"label": f"{drawn['colour']} {drawn['shape']}", **drawn}
+        return dict(_fields(self.seed, i))
 
     def all_captions(self, i: int) -> list[str]:
         """Return the one caption of sample `i`."""
@@ -125,11 +112,37 @@ class Shapes:
     texts = all_captions
 
     def _caption(self, i: int) -> str:
-        template = self._key(i).child("caption").generator().integers(len(TEMPLATES))
-        return TEMPLATES[template].format(**self.fields(i))
+        template = _key(self.seed, i).child("caption").generator().integers(len(TEMPLATES))
+        return TEMPLATES[template].format(**_fields(self.seed, i))
 
-    def _key(self, i: int) -> Key:
-        return key(self.seed, i, "shapes")
+
+def _key(seed: int, i: int) -> Key:
+    return key(seed, i, "shapes")
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _fields(seed: int, i: int) -> dict[str, str]:
+    rng = _key(seed, i).generator()
+    drawn = {
+        name: str(rng.choice(list(values)))
+        for name, values in (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES), ("side", SIDES))
+    }
+    return {"label": f"{drawn['colour']} {drawn['shape']}", **drawn}
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _png(seed: int, i: int, pixels: int) -> bytes:
+    rng = _key(seed, i).child("picture").generator()
+    fields = _fields(seed, i)
+    paint = np.array(COLOURS[fields["colour"]]) + rng.normal(0, 12, 3)
+    middle = rng.normal([0.5, SIDES[fields["side"]]], [0.08, 0.05])
+    half = SIZES[fields["size"]] * rng.uniform(0.85, 1.15)
+    cover = _cover(fields["shape"], pixels, middle, half)[..., None]
+    picture = cover * paint + (1 - cover) * _background(pixels, rng)
+    picture += rng.normal(0, 12, picture.shape)
+    file = io.BytesIO()
+    PIL.Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def _background(pixels: int, rng: np.random.Generator) -> Array:

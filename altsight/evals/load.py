@@ -12,7 +12,7 @@ from altsight.evals.base import Preprocess, View
 from altsight.methods.base import Corpus, Method
 from altsight.train.checkpoint import load_latest
 from altsight.train.log import console
-from altsight.train.run import Run, build, load_run, pick_device
+from altsight.train.run import Run, construct, load_run, pick_device
 
 
 def view_of(method: Method, name: str, crop_ratio: float = 1.0) -> View:
@@ -45,7 +45,8 @@ def load_method(directory: Path) -> tuple[Run[Any], Method]:
     state = load_latest(directory / "checkpoints", console.print)
     if state is None:
         raise UserError(f"the run in '{directory}' has no checkpoint yet: let it reach its first one.")
-    method = build(run, corpus)
+    # The initial weights are not needed, nor files that they came from.
+    method = construct(run, corpus)
     method.load_state_dict(state["ema"] or state["method"])
     return run, method.eval()
 

@@ -59,9 +59,9 @@ class MaskedPixels(nn.Module):
         """Set every parameter from `at`."""
         self.decoder.init_weights(at)
 
-    def masked(self, keep: Tensor) -> Tensor:
-        """Return (B, L) bool from `keep` (B, K): True where the patch is not visible."""
-        shape = (len(keep), self.grid[0] * self.grid[1])
+    def masked(self, keep: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return (B, L) bool from `keep` (B, K): True where the patch of `grid` is not visible."""
+        shape = (len(keep), grid[0] * grid[1])
         return torch.ones(shape, dtype=torch.bool, device=keep.device).scatter(1, keep, False)
 
     def loss_sum(self, tokens: Tensor, keep: Tensor, images: Tensor) -> Tensor:
@@ -72,14 +72,15 @@ class MaskedPixels(nn.Module):
             keep: (B, K).
             images: (B, 3, H, W), normalised: what the encoder was given.
         """
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         target = patchify(images, self.patch_size)
         if self.norm_pix:
             target = normalize_patches(target)
-        return masked_mse_sum(self.decoder(tokens, keep), target, self.masked(keep))
+        return masked_mse_sum(self.decoder(tokens, keep, grid), target, self.masked(keep, grid))
 
-    def count(self, keep: Tensor) -> Tensor:
-        """Return the number of masked patches (0-d int64)."""
-        return keep.new_tensor(len(keep) * (self.grid[0] * self.grid[1] - keep.shape[1]))
+    def count(self, keep: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the number of masked patches of images with `grid` (0-d int64)."""
+        return keep.new_tensor(len(keep) * (grid[0] * grid[1] - keep.shape[1]))
 
     def reconstruct(self, tokens: Tensor, keep: Tensor, images: Tensor) -> Tensor:
         """Return (B, 3, H, W) fp32 in [0, 1]: visible patches from `images`, the masked ones as predicted.
@@ -92,7 +93,7 @@ class MaskedPixels(nn.Module):
         if self.norm_pix:
             mean, std = patch_statistics(pixels)
             pred = pred * std + mean
-        patches = torch.where(self.masked(keep).unsqueeze(-1), pred, pixels)
+        patches = torch.where(self.masked(keep, self.grid).unsqueeze(-1), pred, pixels)
         mean, std = (images.new_tensor(v).view(3, 1, 1) for v in NORMALIZATIONS[self.normalization])
         return (unpatchify(patches, self.patch_size, self.grid) * std + mean).clamp(0, 1)
 
@@ -130,7 +131,7 @@ class MAE(Method):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Count masked patches."""
-        return {"pixels": self.pixels.count(batch["keep"])}
+        return {"pixels": self.pixels.count(batch["keep"], self.encoder.input_grid)}
 
     def embed(self, batch: Batch, at: Key) -> Outputs:
         """Encode the visible patches only, decode all, compare the masked ones."""

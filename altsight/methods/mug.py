@@ -82,7 +82,7 @@ class MUG(Method):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Count masked patches and caption tokens."""
         return {
-            "pixels": self.pixels.count(batch["keep"]),
+            "pixels": self.pixels.count(batch["keep"], self.encoder.input_grid),
             "caption": target_count(batch["text"], self.tokenizer.end),
         }
 

@@ -108,9 +108,12 @@ class SigLIP(Method):
 
     def no_weight_decay(self) -> set[str]:
         """Exempt all that is no map: tokens, position tables, the probe and the embeddings of words."""
-        parts = {"encoder": self.encoder, "text": self.text, "pool": self.pool}
-        names = {f"{part}.{name}" for part, module in parts.items() for name in module.no_weight_decay()}
-        return names | {"text.token_embedding.weight"}
+        tables = {
+            "encoder": self.encoder.no_weight_decay(),
+            "text": self.text.no_weight_decay() | {"token_embedding.weight"},
+            "pool": self.pool.no_weight_decay(),
+        }
+        return {f"{part}.{name}" for part, names in tables.items() for name in names}
 
     def report(self) -> dict[str, float]:
         """Return scale and bias."""

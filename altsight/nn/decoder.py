@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -62,18 +63,22 @@ class PixelDecoder(nn.Module):
             self.positions.zero_()
             self.positions[0, self.prefix :] = sincos_2d(self.positions.shape[-1], self.grid)
 
-    def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, keep: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Return the predicted pixels (B, L, patch * patch * 3) of all patches, in image order.
 
         Args:
             tokens: (B, prefix + K, D) encoded visible tokens, the prefix (CLS, registers) first.
             keep: (B, K) which patch each of the K tokens is.
+            grid: rows and columns of the patches; None: those of the encoder's full images. The positions of another
+                grid are resampled, as the encoder's are.
         """
+        rows, columns = grid or self.grid
         x = self.embed(tokens)
         at = keep.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        hidden = self.mask_token.to(x.dtype).expand(len(x), self.num_patches, -1)
+        hidden = self.mask_token.to(x.dtype).expand(len(x), rows * columns, -1)
         patches = hidden.scatter(1, at, x[:, self.prefix :])
-        x = torch.cat([x[:, : self.prefix], patches], dim=1) + self.positions
+        positions = resample_abs_pos_embed(self.positions, [rows, columns], list(self.grid), self.prefix)
+        x = torch.cat([x[:, : self.prefix], patches], dim=1) + positions
         x = self.norm(self.blocks(x))
         return self.pixels(x[:, self.prefix :])
 

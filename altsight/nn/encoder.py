@@ -91,6 +91,11 @@ class Encoder(Once):
         return (size // self.patch_size) ** 2 if self.is_vit else self.num_patches
 
     @property
+    def input_grid(self) -> tuple[int, int]:
+        """Patches of the images that `normalize` hands out now: `grid`, or less in a curriculum's early stages."""
+        return (self.input_size // self.patch_size,) * 2 if self.is_vit else self.grid
+
+    @property
     def normalizes_batch(self) -> bool:
         """True if it has batch norm, whose statistics are those of what is computed at a time."""
         return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.backbone.modules())

@@ -113,10 +113,11 @@ class Curriculum:
     def prepare(self, method: Method, crop: Crop) -> Prepare:
         """Return the preparation of every sample of the run: the method's own, at the size of the sample's stage."""
         starts = tuple(stage.start * self.batch for stage in self.stages)
-        prepares = tuple(self._prepare(method, crop, stage) for stage in self.stages)
+        prepares = tuple(self.prepare_in(stage, method, crop) for stage in self.stages)
         return prepares[0] if len(prepares) == 1 else Staged(starts, prepares)
 
-    def _prepare(self, method: Method, crop: Crop, stage: Stage) -> Prepare:
+    def prepare_in(self, stage: Stage, method: Method, crop: Crop) -> Prepare:
+        """Return the preparation of the samples of one stage."""
         if stage.size < self.full or stage.magnitude is not None:
             crop = stage_crop(crop, self.full, stage.size, self.shrink, stage.magnitude)
         prepare = method.prepare(crop, stage.size)

@@ -166,8 +166,8 @@ def _dotted(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def build(run: Run[Any], corpus: Corpus) -> Method:
-    """Build the method of `run` with its initial weights, on the CPU.
+def construct(run: Run[Any], corpus: Corpus) -> Method:
+    """Build the method of `run` without weights, on the CPU: for one whose weights are loaded.
 
     Raises:
         UserError: the method cannot be built on this corpus or encoder.
@@ -175,7 +175,17 @@ def build(run: Run[Any], corpus: Corpus) -> Method:
     cls = find(run.name)
     encoder = Encoder(run.encoder)
     check_encoder(run.name, cls, encoder)
-    method = cls(run.method, encoder, corpus)  # type: ignore[call-arg]
+    method: Method = cls(run.method, encoder, corpus)  # type: ignore[call-arg]
+    return method
+
+
+def build(run: Run[Any], corpus: Corpus) -> Method:
+    """Build the method of `run` with its initial weights, on the CPU; see `construct`.
+
+    Raises:
+        UserError: the method cannot be built, or weights that it begins with cannot be read.
+    """
+    method = construct(run, corpus)
     method.init_weights(key(run.train.seed, 0, "init"))
     return method
 

@@ -21,6 +21,7 @@ from altsight.core.rng import key
 from altsight.core.types import Batch
 from altsight.data.shapes import Shapes
 from altsight.data.views import Crop, random_keep
+from altsight.evals.bootstrap import interval
 from altsight.losses.captioning import is_text
 from altsight.methods.base import Corpus
 from altsight.methods.mug import MUG
@@ -75,49 +76,43 @@ def train(corpus: Corpus, seed: int, sees: bool) -> MUG:
 
 @torch.no_grad()
 def nats(method: MUG, batch: Batch) -> Floats:
-    """Return the negative log-likelihood of every caption (n,)."""
+    """Return the negative log-likelihood of every token of all captions (n,)."""
     latent = method.encoder(method.encoder.normalize(batch["image"]), batch["keep"]).tokens
     ids = batch["text"]
-    logits = method.captions(ids[:, :-1], latent)
-    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    found: Floats = (losses * is_text(ids, method.tokenizer.end)[:, 1:]).sum(dim=1).double().numpy()
+    losses = F.cross_entropy(method.captions(ids[:, :-1], latent).transpose(1, 2), ids[:, 1:], reduction="none")
+    found: Floats = losses[is_text(ids, method.tokenizer.end)[:, 1:]].double().numpy()
     return found
 
 
-def interval(difference: Floats, tokens: Floats) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval, over captions, of the difference per token."""
-    rows = np.random.default_rng(0).integers(len(tokens), size=(2000, len(tokens)))
-    low, high = np.quantile(difference[rows].sum(axis=1) / tokens[rows].sum(axis=1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 @functools.cache
-def measured(seed: int) -> tuple[Floats, Floats, Floats, Floats]:
-    """Return nats of held-out captions under MUG, MUG with another's image, the language model; and their tokens."""
+def measured(seed: int) -> tuple[Floats, Floats, Floats, npt.NDArray[np.int64]]:
+    """Return the nats of held-out tokens under MUG, MUG with another's image and the language model; their captions."""
     data = prepared_shapes(Path("shapes"), 500, seed)
     corpus = Corpus(data.tokenizer)
     mug, language = train(corpus, seed, sees=True), train(corpus, seed, sees=False)
     test = batch_of(mug, Shapes(HELD_OUT, 1000 + seed))
     swapped = {name: t if name == "text" else t.roll(1, dims=0) for name, t in test.tensors.items()}
-    tokens = is_text(test["text"], mug.tokenizer.end)[:, 1:].sum(dim=1).double().numpy()
     other = nats(mug, Batch(swapped, test.positions, test.samples))
-    return nats(mug, test), other, nats(language, test), tokens
+    caption = is_text(test["text"], mug.tokenizer.end)[:, 1:].nonzero()[:, 0].numpy()
+    return nats(mug, test), other, nats(language, test), caption
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_mug_beats_its_own_language_model_on_held_out_captions(seed: int) -> None:
-    mug, _, language, tokens = measured(seed)
-    low, high = interval(language - mug, tokens)
-    per_token = [float(np.exp(nats.sum() / tokens.sum())) for nats in (mug, language)]
-    print(f"seed {seed}: perplexity {per_token[0]:.3f} with, {per_token[1]:.3f} without the image;", end=" ")
-    print(f"difference in nats a token [{low:.3f}, {high:.3f}]")
-    assert low > 0
+    mug, _, language, caption = measured(seed)
+    saved = interval(language - mug, caption)
+    print(
+        f"seed {seed}: perplexity {np.exp(mug.mean()):.3f} with, {np.exp(language.mean()):.3f} without the image;",
+        end=" ",
+    )
+    print(f"{saved.value:.3f} nats a token [{saved.low:.3f}, {saved.high:.3f}]")
+    assert saved.low > 0
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_wrong_image_makes_captions_less_likely(seed: int) -> None:
-    mug, other, language, tokens = measured(seed)
-    low, high = interval(other - mug, tokens)
-    print(f"seed {seed}: another's image costs [{low:.3f}, {high:.3f}] nats a token")
-    assert low > 0
-    assert interval(other - language, tokens)[0] > 0, "an image that misleads is worse than none"
+    mug, other, language, caption = measured(seed)
+    lost = interval(other - mug, caption)
+    print(f"seed {seed}: another's image costs {lost.value:.3f} nats a token [{lost.low:.3f}, {lost.high:.3f}]")
+    assert lost.low > 0
+    assert interval(other - language, caption).low > 0, "an image that misleads is worse than none"

@@ -31,8 +31,8 @@ from altsight.train.loop import pretrain
 from altsight.train.run import build, pick_device
 
 pytestmark = pytest.mark.slow
-SAMPLES = 7680
-"""Seen by each run: a third of the demo's."""
+SAMPLES = 15_360
+"""Seen by each run: two thirds of the demo's."""
 SEEDS = (0, 1)
 ARMS = ("clip", "slip")
 Hits = dict[str, npt.NDArray[np.bool_]]
@@ -54,11 +54,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    """The demo's plan for two cores; SLIP gets CLIP's settings and a smaller head."""
+    """The demo's plan for two cores at half the side of its images; SLIP gets CLIP's settings and a smaller head."""
     demo = read_plan(Path(recipes.__file__).with_name("demo_cpu.toml"))
     clip = demo.overrides["clip"]
     slip = merge(clip, {"method": {"hidden": 512, "out_dim": 128}})
-    return dataclasses.replace(demo, methods=ARMS, references=(), seeds=SEEDS, overrides={"clip": clip, "slip": slip})
+    encoder = dataclasses.replace(demo.encoder, img_size=32)
+    arms = {"methods": ARMS, "references": (), "overrides": {"clip": clip, "slip": slip}}
+    return dataclasses.replace(demo, encoder=encoder, seeds=SEEDS, **arms)
 
 
 def probe(view: View, plan: Plan) -> list[Result]:

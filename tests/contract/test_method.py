@@ -121,7 +121,8 @@ def test_a_saved_run_loads_to_the_same_features(name: str, sample_data: Prepared
     method.load_state_dict(state["method"])
     loaded = load_view(tmp_path)
     assert torch.equal(loaded.features(pixels), fresh.features(pixels))
-    assert not torch.equal(loaded.features(pixels), untrained)
+    learns = any(p.requires_grad for p in method.encoder.parameters())
+    assert torch.equal(loaded.features(pixels), untrained) is not learns  # LiT's encoder is locked
     if fresh.is_dual:
         words = ["a red flower", "computer"]
         assert torch.equal(loaded.encode_text(words), fresh.encode_text(words))

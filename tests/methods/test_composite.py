@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from altsight.commands import pretrain
 from altsight.core.config import OptimConfig, from_dict, to_dict
 from altsight.core.errors import UserError
 from altsight.core.rng import key
@@ -315,3 +316,12 @@ def test_a_run_of_a_composite_is_saved_and_loaded(tmp_path: Any) -> None:
     save_run(run, tmp_path / "run.json")
     assert load_run(tmp_path / "run.json") == run
     assert override(run, {"train.samples": 10}).method == run.method
+
+
+def test_parts_are_set_in_a_plan_s_table_and_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    table = {"parts": [{"name": "mae"}, {"name": "clip", "weight": 2, "settings": {"text": {"layers": 3}}}]}
+    config = from_dict(table, Composite.Config, "plan")
+    assert config.parts == (Part("mae"), Part("clip", 2.0, {"text": {"layers": 3}}))
+    with pytest.raises(SystemExit) as stop:
+        pretrain(["composite", "--help"])
+    assert stop.value.code == 0 and "--method.parts.1.weight" in capsys.readouterr().out
