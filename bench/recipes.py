@@ -1,7 +1,7 @@
 """Count what one sample of every recipe and every arm of a packaged study costs: `python -m bench.recipes [NAME ...]`.
 
-The result is altsight/recipes/costs.toml, which `altsight recipes` reads. With names of recipes, studies (study_cc3m), arms (study_cc3m.mae) or methods,
-only these are counted anew.
+The result is altsight/recipes/costs.toml, which `altsight recipes` reads. With names of recipes, studies, arms
+(study_cc3m.mae) or methods only these are counted anew.
 """
 
 from __future__ import annotations

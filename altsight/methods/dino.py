@@ -74,6 +74,7 @@ class DINO(Method):
         clip="tensor",
     )
     shares: ClassVar[bool] = True
+    moving_target: ClassVar[bool] = True
 
     def __init__(self, config: DINO.Config, encoder: Encoder, corpus: Corpus) -> None:
         super().__init__(encoder)

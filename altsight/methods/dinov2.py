@@ -112,6 +112,7 @@ class DINOv2(Method):
         clip_norm=3.0,
     )
     shares: ClassVar[bool] = True
+    moving_target: ClassVar[bool] = True
     masked: ClassVar[bool] = True
     least_batch: ClassVar[int] = 2
 

@@ -84,6 +84,7 @@ class IBOT(Method):
 
     optim: ClassVar[OptimConfig] = DINO.optim
     shares: ClassVar[bool] = True
+    moving_target: ClassVar[bool] = True
     masked: ClassVar[bool] = True
 
     def __init__(self, config: IBOT.Config, encoder: Encoder, corpus: Corpus) -> None:

@@ -59,7 +59,6 @@ class _Training:
     device: torch.device
     curriculum: Curriculum
     stage: Stage | None = None
-    flops_per_sample: float = 0.0
 
     def enter_stage(self, batch: Batch) -> None:
         """Set what holds in the stage of this step, where it has just begun, and count what a sample costs in it."""
@@ -67,7 +66,9 @@ class _Training:
         if stage is not self.stage:
             self.stage = stage
             set_input_size(self.method, stage.size)
-            self.flops_per_sample = flops_per_sample(self.method, batch.to(self.device))
+        if stage.start != self.state.stage:
+            self.state.stage = stage.start
+            self.state.flops_per_sample = flops_per_sample(self.method, batch.to(self.device))
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Take one optimizer step on this rank's part of a global batch; return its share of each loss."""
@@ -238,7 +239,7 @@ def _advance(training: _Training, batch: Batch, wait: float, directory: Path, me
     state.samples_seen += run.train.batch
     state.sample_hash = (state.sample_hash + seen) % 2**64
     state.bad += bad
-    state.flops += training.flops_per_sample * run.train.batch
+    state.flops += state.flops_per_sample * run.train.batch
     meter.tick(state, wait)
     if batch.bad:
         with (directory / "bad_samples.txt").open("a", encoding="utf-8") as file:

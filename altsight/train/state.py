@@ -27,6 +27,10 @@ class State:
     skipped: int = 0
     """Steps that were not finite and left out."""
     flops: float = 0.0
+    flops_per_sample: float = 0.0
+    """Counted on the first batch of a stage, and kept: what a sample costs may depend on what is in it."""
+    stage: int = -1
+    """First step of the curriculum's stage that this was counted in."""
     wall_seconds: float = 0.0
     wait_seconds: float = 0.0
 

@@ -12,7 +12,7 @@ from altsight.data.prepared import Prepared
 from altsight.evals import evaluate
 from altsight.evals.base import Split, Task
 from altsight.evals.load import load_view
-from altsight.methods import METHODS
+from altsight.methods import METHODS, find
 from altsight.train.log import read_log
 from altsight.train.loop import pretrain
 from tests.contract.tiny import tiny_run
@@ -30,7 +30,8 @@ def test_learns(name: str, sample_data: Prepared, tmp_path: Path) -> None:
     pretrain(run, sample_data, tmp_path)
     losses = [line["loss"] for line in read_log(tmp_path) if "loss" in line]
     start, end = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
-    assert end < 0.97 * start, f"the loss went from {start:.3f} to {end:.3f}"
+    if not find(name).moving_target:
+        assert end < 0.97 * start, f"the loss went from {start:.3f} to {end:.3f}"
     results = evaluate(load_view(tmp_path), [emoji_task()], ["knn"])
     best = next(r for r in results if r.value is not None)
     assert best.low is not None and best.chance is not None and best.low > best.chance

@@ -35,12 +35,19 @@ def worlds(sample_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {n: launch(n, sample_path, out / f"{n}.pt") for n in (1, 2, 4)}
 
 
-def assert_same_gradients(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+BATCH_NORM = {"simclr", "mocov3", "byol", "simsiam", "slip"}
+"""Their heads divide features by how far they are apart, and those of 16 images from an untrained encoder hardly are:
+rounding in the encoder comes out magnified, up to 8e-4 of a tensor's largest gradient. What shifts all features alike
+has no gradient at all; what is left there is rounding too, up to 5e-6. A rank left out would cost some tenths."""
+
+
+def assert_same_gradients(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], method: str = "") -> None:
     """Compare tensor by tensor, relative to the tensor's own size: fp32 sums in another order."""
+    tolerance, least = (2e-3, 1e-2) if method in BATCH_NORM else (2e-4, 1e-6)
     assert got.keys() == want.keys()
     for name, expected in want.items():
-        scale = expected.abs().max().clamp_min(1e-6)
-        assert ((got[name] - expected).abs().max() / scale) < 2e-4, name
+        scale = expected.abs().max().clamp_min(least)
+        assert ((got[name] - expected).abs().max() / scale) < tolerance, name
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -50,14 +57,14 @@ def test_ranks_and_accumulation_do_not_change_the_gradient(
     worlds: dict[int, dict[Any, Any]], method: str, ranks: int, micro: int
 ) -> None:
     want, got = worlds[1][method, 0], worlds[ranks][method, micro]
-    assert_same_gradients(got["grads"], want["grads"])
+    assert_same_gradients(got["grads"], want["grads"], method)
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulation_on_one_rank(worlds: dict[int, dict[Any, Any]], method: str) -> None:
     want, got = worlds[1][method, 0], worlds[1][method, 2]
-    assert_same_gradients(got["grads"], want["grads"])
+    assert_same_gradients(got["grads"], want["grads"], method)
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
 
 

@@ -14,7 +14,27 @@ from altsight.train.run import DataConfig, Run, TrainConfig
 
 ENCODER = EncoderConfig("vit_tiny_patch16_224", img_size=32, patch_size=8, width=48, depth=2, heads=3)
 
-_SMALLER = {"width": 48, "heads": 3, "depth": 1, "layers": 2, "context": 16, "sequence": 48, "length": 16, "vocabulary": 128, "mask_unit": 16, "embed_dim": 32, "prototypes": 64, "bottleneck": 32, "locals": 2, "hidden": 64, "out_dim": 32, "dropout": 0.0, "cross_dropout": 0.0, "head_lr_scale": 1.0, "queries": 8}
+_SMALLER = {
+    "width": 48,
+    "heads": 3,
+    "depth": 1,
+    "layers": 2,
+    "context": 16,
+    "sequence": 48,
+    "length": 16,
+    "vocabulary": 128,
+    "mask_unit": 16,
+    "embed_dim": 32,
+    "prototypes": 64,
+    "bottleneck": 32,
+    "locals": 2,
+    "hidden": 64,
+    "out_dim": 32,
+    "dropout": 0.0,
+    "cross_dropout": 0.0,
+    "head_lr_scale": 1.0,
+    "queries": 8,
+}
 """Fields of a method's nested configs that make it tiny wherever they appear."""
 
 
