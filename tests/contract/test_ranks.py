@@ -58,14 +58,16 @@ def test_ranks_and_accumulation_do_not_change_the_gradient(
 ) -> None:
     want, got = worlds[1][method, 0], worlds[ranks][method, micro]
     assert_same_gradients(got["grads"], want["grads"], method)
-    assert got["losses"] == pytest.approx(want["losses"], rel=1e-5, abs=1e-4 if method in BATCH_NORM else 0)
+    slack = {"rel": 2e-4, "abs": 2e-5} if method in BATCH_NORM else {"rel": 1e-5}
+    assert got["losses"] == pytest.approx(want["losses"], **slack)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulation_on_one_rank(worlds: dict[int, dict[Any, Any]], method: str) -> None:
     want, got = worlds[1][method, 0], worlds[1][method, 2]
     assert_same_gradients(got["grads"], want["grads"], method)
-    assert got["losses"] == pytest.approx(want["losses"], rel=1e-5, abs=1e-4 if method in BATCH_NORM else 0)
+    slack = {"rel": 2e-4, "abs": 2e-5} if method in BATCH_NORM else {"rel": 1e-5}
+    assert got["losses"] == pytest.approx(want["losses"], **slack)
 
 
 @pytest.mark.parametrize("method", METHODS)
