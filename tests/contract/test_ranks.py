@@ -37,7 +37,7 @@ def worlds(sample_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 BATCH_NORM = {"simclr", "mocov3", "byol", "simsiam", "slip"}
 """Their heads divide features by how far they are apart, and those of 16 images from an untrained encoder hardly are:
-rounding in the encoder comes out magnified, up to 8e-4 of a tensor's largest gradient. What shifts all features alike
+rounding in the encoder comes out magnified, up to 1.6e-3 of a tensor's largest one. What shifts all features alike
 has no gradient at all; what is left there is rounding too, up to 5e-6. A rank left out would cost some tenths."""
 
 
