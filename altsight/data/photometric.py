@@ -119,7 +119,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur every image with its own Gaussian, cut off at three of the largest sigmas; borders are reflected."""
+    """Blur every image with its own Gaussian, cut off at three of its sigmas; borders are reflected."""
     rows = sigma > 0
     if not bool(rows.any()):
         return x
@@ -127,6 +127,8 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     radius = min(math.ceil(3 * float(sigma.max())), min(x.shape[-2:]) - 1)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     weights = torch.exp(-0.5 * (offsets / sigma[rows].unsqueeze(1)) ** 2)
+    # Each at three of its own sigmas, so that an image does not depend on the others in the batch.
+    weights = weights * (offsets.abs() <= (3 * sigma[rows]).ceil().unsqueeze(1))
     weights = (weights / weights.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)
     flat = F.pad(part, (radius,) * 4, mode="reflect").flatten(0, 1).unsqueeze(0)
     flat = F.conv2d(flat, weights[:, None, None, :], groups=len(weights))

@@ -79,3 +79,11 @@ def test_probabilities_and_ranges() -> None:
         (a, b, c, d) for a in range(4) for b in range(4) for c in range(4) for d in range(4) if len({a, b, c, d}) == 4
     }
     assert torch.equal(config.draw(key(0, 5)), config.draw(key(0, 5)))
+
+
+def test_a_weak_blur_does_not_depend_on_a_strong_one_beside_it() -> None:
+    x = images(2)
+    parameters = torch.stack([Photometric(jitter=0, grey=0, blur=0).draw(key(0, i)) for i in range(2)])
+    parameters[:, 9] = torch.tensor([1.0, 2.0])
+    alone, beside = photometric(x[:1], parameters[:1])[0], photometric(x, parameters)[0]
+    torch.testing.assert_close(alone, beside, rtol=0, atol=1e-6)
