@@ -125,11 +125,12 @@ class M3AE(Method):
         padding = ids == self.tokenizer.pad
         words = self.text_embedding(ids.gather(1, keep_text)) + self.text_positions[keep_text] + self.text_type
         encoded, text = self.encoder.forward_with(images, keep, words, padding.gather(1, keep_text))
-        return self.decoder(encoded.tokens, keep, text, keep_text, padding)
+        grid = (images.shape[2] // self.encoder.patch_size, images.shape[3] // self.encoder.patch_size)
+        return self.decoder(encoded.tokens, keep, text, keep_text, padding, grid)
 
     def _masked_patches(self, batch: Batch) -> Tensor:
         """Return (B, L) bool, True where the patch is not visible."""
-        return _hidden(batch["keep"], self.encoder.num_patches)
+        return _hidden(batch["keep"], self.encoder.patches_at(self.encoder.input_size))
 
     def _masked_words(self, batch: Batch) -> Tensor:
         """Return (B, T) bool, True where a word is not visible; never at padding."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -58,10 +59,10 @@ class SplitDecoder(nn.Module):
 
     def __init__(self, depth: int, encoder: Encoder) -> None:
         super().__init__()
-        self.grid, self.prefix, self.num_patches = encoder.grid, encoder.prefix, encoder.num_patches
+        self.grid, self.prefix = encoder.grid, encoder.prefix
         width = encoder.width
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.positions = nn.Parameter(torch.empty(1, self.num_patches, width), requires_grad=False)
+        self.positions = nn.Parameter(torch.empty(1, encoder.num_patches, width), requires_grad=False)
         self.blocks = nn.Sequential(*(Block(width, encoder.heads, qkv_bias=True) for _ in range(depth)))
         self.norm = LayerNorm(width, eps=1e-6)
 
@@ -76,16 +77,19 @@ class SplitDecoder(nn.Module):
             nn.init.trunc_normal_(self.mask_token, std=0.02)
             self.positions[0] = sincos_2d(self.positions.shape[-1], self.grid)
 
-    def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, keep: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Return the states of all patches (B, L, D), in image order.
 
         Args:
             tokens: (B, prefix + K, D) encoded tokens of a half, the prefix (CLS, registers) first.
             keep: (B, K) which patch each of the K tokens is.
+            grid: of the image's patches, to which positions are resampled; None: that of the encoder's full input.
         """
+        grid = grid or self.grid
         at = keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-        hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), self.num_patches, -1)
-        patches = hidden.scatter(1, at, tokens[:, self.prefix :]) + self.positions
+        hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), grid[0] * grid[1], -1)
+        positions = resample_abs_pos_embed(self.positions, list(grid), list(self.grid), 0)
+        patches = hidden.scatter(1, at, tokens[:, self.prefix :]) + positions
         x = torch.cat([tokens[:, : self.prefix], patches], dim=1)
         return self.norm(self.blocks(x))[:, self.prefix :]
 
@@ -168,10 +172,11 @@ class SplitMask(Method):
         images = self.encoder.normalize(batch["image"])
         words = self.tokenizer(to_unit(images, self.encoder.config.normalization))
         self.used = usage(words, self.config.tokenizer.vocabulary)
+        grid = (images.shape[2] // self.encoder.patch_size, images.shape[3] // self.encoder.patch_size)
         out = Outputs()
         for half, other in (("a", "b"), ("b", "a")):
             seen, hidden = batch[half], batch[other]
-            states = self.decoder(self.encoder(images, seen).tokens, seen)
+            states = self.decoder(self.encoder(images, seen).tokens, seen, grid)
             filled = states.gather(1, hidden.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
             out.local[f"{other}_from_{half}"] = token_ce_sum(self.head(filled), words.gather(1, hidden))
             out.shared[half] = states.mean(dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -39,18 +40,13 @@ class JointDecoder(nn.Module):
                 f"the decoder's width {width} must be divisible by 4 and by its {config.heads} heads: change "
                 "--method.decoder.width or --method.decoder.heads."
             )
-        self.grid, self.prefix, self.num_patches, self.length = (
-            encoder.grid,
-            encoder.prefix,
-            encoder.num_patches,
-            length,
-        )
+        self.grid, self.prefix, self.length = encoder.grid, encoder.prefix, length
         self.embed = nn.Linear(encoder.width, width)
         self.mask_tokens = nn.Parameter(torch.empty(2, width))
         """For a patch, for a word."""
         self.types = nn.Parameter(torch.empty(2, width))
         """Added to patches, to words."""
-        self.image_positions = nn.Parameter(torch.empty(1, self.num_patches, width), requires_grad=False)
+        self.image_positions = nn.Parameter(torch.empty(1, encoder.num_patches, width), requires_grad=False)
         self.text_positions = nn.Parameter(torch.empty(1, length, width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, config.heads, qkv_bias=True) for _ in range(config.depth))
         self.norm = LayerNorm(width, eps=1e-6)
@@ -72,7 +68,7 @@ class JointDecoder(nn.Module):
             self.text_positions[0] = sincos_1d(self.types.shape[1], self.length)
 
     def forward(
-        self, image: Tensor, keep: Tensor, text: Tensor, keep_text: Tensor, padding: Tensor
+        self, image: Tensor, keep: Tensor, text: Tensor, keep_text: Tensor, padding: Tensor, grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Return the pixels of all patches (B, L, patch * patch * 3) and the states of all words (B, T, width).
 
@@ -82,12 +78,14 @@ class JointDecoder(nn.Module):
             text: (B, M, D) encoded visible words.
             keep_text: (B, M) which word each of them is.
             padding: (B, T) bool, True where the text has ended: no token looks there.
+            grid: of the image's patches, to which their positions are resampled.
         """
         image, text = self.embed(image), self.embed(text)
-        patches = self._complete(0, image[:, self.prefix :], keep, self.image_positions)
+        positions = resample_abs_pos_embed(self.image_positions, list(grid), list(self.grid), 0)
+        patches = self._complete(0, image[:, self.prefix :], keep, positions)
         words = self._complete(1, text, keep_text, self.text_positions)
         x = torch.cat([image[:, : self.prefix], patches, words], dim=1)
-        hidden = F.pad(padding, (self.prefix + self.num_patches, 0)).view(len(x), 1, 1, -1)
+        hidden = F.pad(padding, (self.prefix + patches.shape[1], 0)).view(len(x), 1, 1, -1)
         bias = x.new_zeros(1, 1, 1, 1).masked_fill(hidden, -torch.inf)
         for block in self.blocks:
             x = block(x, attn_mask=bias)

@@ -17,6 +17,7 @@ from altsight.methods.base import Corpus
 from altsight.study.pairs import data_of
 from altsight.study.plan import Plan
 from altsight.train.account import flops_per_sample
+from altsight.train.curriculum import make_curriculum, set_input_size
 from altsight.train.log import console, read_log
 from altsight.train.loop import pretrain
 from altsight.train.run import Run, build, pick_device
@@ -24,6 +25,8 @@ from altsight.train.run import Run, build, pick_device
 FILE = "budget.json"
 WARM_UP, MEASURED = 4, 8
 """Steps that the speed measurement leaves out, and steps that it times."""
+LONG = 10_000
+"""Steps of a run long enough for the shares of a curriculum's stages to be exact."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,21 @@ def _resolve_arm(plan: Plan, arm: str, prepared: Prepared, directory: Path) -> t
 
 
 def cost(run: Run[Any], prepared: Prepared) -> float:
-    """Return the training FLOPs of one sample, counted on the first samples of the run."""
+    """Return the training FLOPs of one sample, counted on the first samples of the run; the mean over its stages."""
     method = build(run, Corpus.of(prepared))
+    device = pick_device(run.train.device)
     few = min(4, run.train.batch)
     order = prepared.source.order(run.train.seed)
-    loader = Loader(prepared.source, order, method.prepare(run.data.crop, run.encoder.img_size), few)
-    batch, _ = next(iter(loader.batches(dist.World(), 0, few)))
-    device = pick_device(run.train.device)
-    return flops_per_sample(method.to(device), batch.to(device))
+    # The stages of a long run, since how long this one is follows from what is counted here.
+    curriculum = make_curriculum(run.accelerate, method, run.name, LONG, run.train.batch)
+    method.to(device)
+    total = 0.0
+    for stage in curriculum.stages:
+        set_input_size(method, stage.size)
+        loader = Loader(prepared.source, order, curriculum.prepare_in(stage, method, run.data.crop), few)
+        batch, _ = next(iter(loader.batches(dist.World(), 0, few)))
+        total += (stage.stop - stage.start) / LONG * flops_per_sample(method, batch.to(device))
+    return total
 
 
 def speed(run: Run[Any], prepared: Prepared, directory: Path) -> float:
