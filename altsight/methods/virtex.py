@@ -107,6 +107,7 @@ class VirTex(Method):
         head_lr_scale: float = 0.005
         """Factor on the learning rate of all but the encoder: under SGD the CNN learns at 0.2 and the rest at 0.001."""
 
+    drops_patches: ClassVar[bool] = True
     optim: ClassVar[OptimConfig] = OptimConfig(
         name="momentum",
         lr=0.2,

@@ -37,6 +37,7 @@ class VisualGPT(Method):
         """A GPT-2: name or folder for transformers, or a .pt file of its state; empty: start from random weights."""
         decoder: GatedConfig = field(default_factory=GatedConfig)
 
+    drops_patches: ClassVar[bool] = True
     optim: ClassVar[OptimConfig] = OptimConfig(
         lr=1e-4,
         lr_base_batch=0,

@@ -141,6 +141,7 @@ def test_compiled_equals_eager(name: str, corpus: Corpus, sample_data: Prepared)
         gradients.append({n: p.grad for n, p in method.named_parameters() if p.grad is not None})
     eager, fast = gradients
     assert eager.keys() == fast.keys()
+    # A gradient that is zero in theory (of a shift that batch norm undoes) is found as rounding of the largest one.
+    rounding = 2e-6 * max(float(expected.abs().max()) for expected in eager.values())
     for n, expected in eager.items():
-        scale = expected.abs().max().clamp_min(1e-6)
-        assert ((fast[n] - expected).abs().max() / scale) < 1e-3, n
+        assert (fast[n] - expected).abs().max() < 1e-3 * expected.abs().max() + rounding, n
