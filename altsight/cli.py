@@ -13,16 +13,17 @@ from importlib import import_module
 from altsight.core.errors import UserError, did_you_mean
 
 COMMANDS = {
-    "demo": "the like-for-like study on the embedded sample data, with a report",
-    "prepare": "index a corpus of images and text: offsets, statistics, tokenizer",
-    "mix": "draw from several prepared corpora by weight",
-    "check": "report on prepared data before a run",
-    "pretrain": "train one method on prepared data",
-    "eval": "evaluate trained runs",
-    "study": "compare methods like for like, as a plan says",
-    "recipes": "the ready runs and studies: what they cost, what their sources found, where their data are",
+    "demo": ("study", "the like-for-like study on the embedded sample data, with a report"),
+    "prepare": ("data", "index a corpus of images and text: offsets, statistics, tokenizer"),
+    "mix": ("data", "draw from several prepared corpora by weight"),
+    "check": ("data", "report on prepared data before a run"),
+    "codebook": ("data", "make the visual words that beit and splitmask predict, from a corpus"),
+    "pretrain": ("pretrain", "train one method on prepared data"),
+    "eval": ("study", "evaluate trained runs"),
+    "study": ("study", "compare methods like for like, as a plan says"),
+    "recipes": ("study", "the ready runs and studies: what they cost, what their sources found, where their data are"),
 }
-"""Name -> what it does. The function of the same name in `altsight.commands` does it ("eval" is `evaluate_runs`)."""
+"""Name -> the module in `altsight.commands` with a function of that name ("eval" is `evaluate_runs`); what it does."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,7 +45,8 @@ def run(argv: list[str]) -> int:
         if argv[0] not in COMMANDS:
             raise UserError(f"there is no command '{argv[0]}'.{did_you_mean(argv[0], COMMANDS)}")
         function = "evaluate_runs" if argv[0] == "eval" else argv[0]
-        command: Callable[[list[str]], int] = getattr(import_module("altsight.commands"), function)
+        module = import_module(f"altsight.commands.{COMMANDS[argv[0]][0]}")
+        command: Callable[[list[str]], int] = getattr(module, function)
         return command(argv[1:])
     except UserError as error:
         print(f"altsight: {error}", file=sys.stderr)
@@ -60,7 +62,7 @@ def _help() -> str:
         "",
         "usage: altsight COMMAND [options]      altsight COMMAND --help",
         "",
-        *(f"  {name:<10} {text}" for name, text in COMMANDS.items()),
+        *(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),
         "",
         "First steps: `altsight demo`, then README.md.",
     ]

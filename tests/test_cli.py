@@ -190,3 +190,27 @@ def break_images(shard: Path, every: int) -> None:
         for member in images[::every]:
             file.seek(member.offset_data)
             file.write(b"\0" * 64)
+
+
+def test_codebook_is_made_and_trained_with(
+    capsys: pytest.CaptureFixture[str], sample_data: Prepared, tmp_path: Path
+) -> None:
+    data, words = str(sample_data.directory), tmp_path / "words.safetensors"
+    size = ["--vocabulary", "64", "--patch-size", "8", "--img-size", "32", "--samples", "128"]
+    assert run(["codebook", data, "--out", str(words), *size]) == 0
+    assert "64 words; the commonest is" in capsys.readouterr().err
+    tiny = ["--encoder.width", "48", "--encoder.depth", "1", "--encoder.heads", "3", "--encoder.img-size", "32"]
+    tiny += ["--encoder.patch-size", "8", "--train.samples", "64", "--train.batch", "32", "--train.precision", "fp32"]
+    method = ["--method.tokenizer.vocabulary", "64", "--method.tokenizer.path", str(words)]
+    assert run(["pretrain", "beit", "--data.path", data, "--out", str(tmp_path / "run"), *tiny, *method]) == 0
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_codebook_refuses_in_one_line(
+    capsys: pytest.CaptureFixture[str], sample_data: Prepared, tmp_path: Path
+) -> None:
+    data = str(sample_data.directory)
+    fails(capsys, ["codebook", str(tmp_path / "no"), "--out", str(tmp_path / "w.safetensors")], "does not exist")
+    fails(capsys, ["codebook", data, "--out", str(tmp_path / "w.pt")], "w.pt", "--out")
+    fails(capsys, ["codebook", data, "--out", str(tmp_path / "w.safetensors"), "--patch-size", "300"], "--patch-size")
+    assert not list(tmp_path.iterdir())

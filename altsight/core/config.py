@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -85,6 +86,15 @@ def from_dict(data: Any, cls: type[T], where: str) -> T:
     except BaseValidationError as error:
         problems = "; ".join(transform_error(error, path=where))
         raise UserError(f"{problems}: mend the setting and run again.") from None
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the leaves of `over` put over it, table by table."""
+    merged = dict(base)
+    for name, value in over.items():
+        old = merged.get(name)
+        merged[name] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def read_json(path: Path) -> Any:

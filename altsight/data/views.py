@@ -157,3 +157,9 @@ def low_frequency_crop(images: Tensor, size: int) -> Tensor:
     window = spectrum[..., start : start + size, start : start + size]
     small = torch.fft.ifft2(torch.fft.ifftshift(window, dim=(-2, -1))).real
     return small * (size / full) ** 2
+
+
+def to_unit(images: Tensor, name: str) -> Tensor:
+    """Undo `normalize`: map fp32 (B, 3, H, W) back to [0, 1]."""
+    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in NORMALIZATIONS[name])
+    return images * std + mean

@@ -10,18 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from altsight.losses.tokens import token_ce_sum
 from altsight.nn.caption import is_text
-
-_IGNORED = -100
-
-
-def token_ce_sum(logits: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
-    """Return the summed cross-entropy of `targets` (B, T) where `chosen` (B, T) is True (0-d, fp32).
-
-    logits: (B, T, V).
-    """
-    targets = targets.masked_fill(~chosen, _IGNORED)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=_IGNORED, reduction="sum")
 
 
 def next_token_ce_sum(logits: Tensor, ids: Tensor, end: int) -> Tensor:

@@ -76,10 +76,6 @@ class Method(nn.Module):
     """True where the encoder must be able to encode visible patches only."""
     drops_patches: ClassVar[bool] = False
     """True where plain passes of an image heed `batch.get("visible")`, the patches that patch dropout leaves."""
-
-    moving_target: ClassVar[bool] = False
-    """True where the loss is taken against a teacher's distribution: both move, so its value says nothing of progress
-    (DINO's rises from the start, while the teacher's targets spread over the prototypes)."""
     least_batch: ClassVar[int] = 1
     """Smallest global batch that the loss is defined on: 2 where samples are told from each other."""
 

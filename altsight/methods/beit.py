@@ -12,12 +12,13 @@ from altsight.core.config import OptimConfig
 from altsight.core.rng import Key, torch_seeded
 from altsight.core.types import Batch, Document, Example, Outputs
 from altsight.data.masks import block_mask, of_196
-from altsight.data.views import Crop
+from altsight.data.views import Crop, to_unit
 from altsight.losses.tokens import token_ce_sum
 from altsight.methods.base import Corpus, Method
 from altsight.nn.codebook import usage
 from altsight.nn.encoder import Encoder
-from altsight.nn.tokens import PatchTokenizer, TokenizerConfig, to_unit
+from altsight.nn.init import fill, truncated
+from altsight.nn.tokens import PatchTokenizer, TokenizerConfig
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,8 @@ class BEiT(Method):
         super().init_weights(at)
         self.tokenizer.init_weights(at.child("tokenizer"))
         with torch_seeded(at.child("head")):
-            nn.init.trunc_normal_(self.mask_token, std=0.02)
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+            truncated(self.mask_token)
+            fill(self.head, truncated)
 
     def prepare(self, crop: Crop, size: int) -> BEiTPrepare:
         """Return the preparation: one crop and one block-wise mask.

@@ -19,7 +19,7 @@ from altsight.methods.two_views import BYOL_FIRST, BYOL_SECOND, TwoViews, view_f
 from altsight.nn.encoder import Encoder
 from altsight.nn.heads import MLPHead
 from altsight.nn.init import reset
-from altsight.nn.momentum import Teacher
+from altsight.nn.momentum import Teacher, teacher_encoder
 
 
 class BYOL(Method):
@@ -79,9 +79,8 @@ class BYOL(Method):
         images = view_images(self.encoder, batch["image"], batch["colour"])
         visible = batch.get("visible")
         first, second = view_features(self.encoder, images, visible, self.feature_point)
-        target = self.teacher["encoder"]
-        assert isinstance(target, Encoder)
         with torch.no_grad():
+            target = teacher_encoder(self.teacher)
             first_target, second_target = view_features(target, images, visible, self.feature_point)
         shared = {"first": first, "second": second, "first_target": first_target, "second_target": second_target}
         return Outputs(shared=shared)

@@ -50,7 +50,6 @@ class CoCa(Method):
 
     # The paper's Adafactor is that of "Scaling Vision Transformers", with momentum and a bounded beta2. timm's
     # `adafactorbv` is the same: it steps by the learning rate itself, where `adafactor` steps relative to the weights.
-    drops_patches: ClassVar[bool] = True
     optim: ClassVar[OptimConfig] = OptimConfig(
         name="adafactorbv",
         lr=8e-4,
@@ -62,6 +61,7 @@ class CoCa(Method):
         schedule="linear",
     )
     shares: ClassVar[bool] = True
+    drops_patches: ClassVar[bool] = True
     least_batch: ClassVar[int] = 2
 
     text: UnimodalText

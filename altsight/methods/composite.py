@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from altsight.core.config import OptimConfig, from_dict, to_dict
+from altsight.core.config import OptimConfig, from_dict, merge, to_dict
 from altsight.core.errors import UserError
 from altsight.core.rng import Key, key
 from altsight.core.types import Batch, Document, Example, Outputs, Progress
@@ -245,7 +245,7 @@ def _build(part: Part, encoder: Encoder, corpus: Corpus) -> Method:
     cls = find(part.name)
     check_encoder(part.name, cls, encoder)
     kind: Any = cls.Config
-    config = from_dict(_merged(to_dict(kind()), part.settings), kind, f"method.parts.{part.name}.settings")
+    config = from_dict(merge(to_dict(kind()), part.settings), kind, f"method.parts.{part.name}.settings")
     made = cls(config, encoder, corpus)  # type: ignore[call-arg]
     del made.encoder
     _refer(made, "encoder", encoder)
@@ -255,16 +255,6 @@ def _build(part: Part, encoder: Encoder, corpus: Corpus) -> Method:
 def _refer(module: nn.Module, name: str, other: Any) -> None:
     """Set an attribute without registering it: a parameter that is listed twice would be averaged twice by EMA."""
     module.__dict__[name] = other
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with the leaves of `over` put over it, table by table."""
-    nested = {
-        name: _merged(base[name], value)
-        for name, value in over.items()
-        if isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
-    }
-    return {**base, **over, **nested}
 
 
 def _check(parts: Sequence[Part]) -> None:

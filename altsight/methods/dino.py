@@ -20,7 +20,7 @@ from altsight.methods.base import Corpus, Method
 from altsight.nn.encoder import Encoded, Encoder
 from altsight.nn.heads import PrototypeHead
 from altsight.nn.init import reset
-from altsight.nn.momentum import Teacher
+from altsight.nn.momentum import Teacher, teacher_encoder
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,6 @@ class DINO(Method):
         clip="tensor",
     )
     shares: ClassVar[bool] = True
-    moving_target: ClassVar[bool] = True
 
     def __init__(self, config: DINO.Config, encoder: Encoder, corpus: Corpus) -> None:
         super().__init__(encoder)
@@ -173,11 +172,6 @@ def student_views(encoder: Encoder, head: PrototypeHead, seen: Encoded, batch: B
         images = encoder.normalize(coloured(batch["local"], batch["local_colour"]))
         views.append(by_sample(head(summary_token(encoder, encoder(images))), batch["local"].shape[1]))
     return torch.cat(views, dim=1)
-
-
-def teacher_encoder(teacher: Teacher) -> Encoder:
-    """Return the encoder in `teacher`."""
-    return cast(Encoder, teacher["encoder"])
 
 
 def teacher_head(teacher: Teacher, name: str) -> PrototypeHead:

@@ -26,14 +26,13 @@ from altsight.methods.dino import (
     multi_crop,
     student_views,
     summary_token,
-    teacher_encoder,
     teacher_head,
 )
 from altsight.methods.ibot import mask_token, masked_count, view_masks
 from altsight.nn.encoder import Encoder
 from altsight.nn.heads import PrototypeHead
 from altsight.nn.init import reset
-from altsight.nn.momentum import Teacher
+from altsight.nn.momentum import Teacher, teacher_encoder
 
 GOLDEN = (5**0.5 - 1) / 2
 """Its multiples modulo 1 fill [0, 1] evenly, wherever one begins and ends."""
@@ -112,7 +111,6 @@ class DINOv2(Method):
         clip_norm=3.0,
     )
     shares: ClassVar[bool] = True
-    moving_target: ClassVar[bool] = True
     masked: ClassVar[bool] = True
     least_batch: ClassVar[int] = 2
 

@@ -26,12 +26,11 @@ from altsight.methods.dino import (
     multi_crop,
     student_views,
     summary_token,
-    teacher_encoder,
     teacher_head,
 )
 from altsight.nn.encoder import Encoder
 from altsight.nn.init import reset
-from altsight.nn.momentum import Teacher
+from altsight.nn.momentum import Teacher, teacher_encoder
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,6 @@ class IBOT(Method):
 
     optim: ClassVar[OptimConfig] = DINO.optim
     shares: ClassVar[bool] = True
-    moving_target: ClassVar[bool] = True
     masked: ClassVar[bool] = True
 
     def __init__(self, config: IBOT.Config, encoder: Encoder, corpus: Corpus) -> None:

@@ -14,7 +14,7 @@ from altsight.core.config import OptimConfig
 from altsight.core.errors import UserError
 from altsight.core.rng import Key
 from altsight.core.types import Batch, Document, Example, Outputs
-from altsight.data.views import NORMALIZATIONS, Crop, random_keep
+from altsight.data.views import Crop, random_keep, to_unit
 from altsight.losses.pixels import masked_mse_sum, normalize_patches, patch_statistics, patchify, unpatchify
 from altsight.methods.base import Corpus, Method
 from altsight.nn.decoder import PixelDecoder, PixelDecoderConfig
@@ -94,8 +94,7 @@ class MaskedPixels(nn.Module):
             mean, std = patch_statistics(pixels)
             pred = pred * std + mean
         patches = torch.where(self.masked(keep, self.grid).unsqueeze(-1), pred, pixels)
-        mean, std = (images.new_tensor(v).view(3, 1, 1) for v in NORMALIZATIONS[self.normalization])
-        return (unpatchify(patches, self.patch_size, self.grid) * std + mean).clamp(0, 1)
+        return to_unit(unpatchify(patches, self.patch_size, self.grid), self.normalization).clamp(0, 1)
 
 
 class MAE(Method):

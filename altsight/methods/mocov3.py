@@ -19,7 +19,7 @@ from altsight.methods.two_views import BYOL_FIRST, BYOL_SECOND, TwoViews, view_f
 from altsight.nn.encoder import Encoder
 from altsight.nn.heads import MLPHead
 from altsight.nn.init import reset
-from altsight.nn.momentum import Teacher
+from altsight.nn.momentum import Teacher, teacher_encoder
 
 
 class MoCoV3(Method):
@@ -98,9 +98,8 @@ class MoCoV3(Method):
         images = view_images(self.encoder, batch["image"], batch["colour"])
         visible = batch.get("visible")
         first, second = view_features(self.encoder, images, visible, self.feature_point)
-        slow = self.teacher["encoder"]
-        assert isinstance(slow, Encoder)
         with torch.no_grad():
+            slow = teacher_encoder(self.teacher)
             first_key, second_key = view_features(slow, images, visible, self.feature_point)
         return Outputs(shared={"first": first, "second": second, "first_key": first_key, "second_key": second_key})
 

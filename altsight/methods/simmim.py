@@ -13,12 +13,12 @@ from altsight.core.errors import UserError
 from altsight.core.rng import Key, torch_seeded
 from altsight.core.types import Batch, Document, Example, Outputs
 from altsight.data.masks import masked_units, unit_mask
-from altsight.data.views import Crop
+from altsight.data.views import Crop, to_unit
 from altsight.losses.pixels import patchify, unpatchify
 from altsight.methods.base import Corpus, Method
 from altsight.methods.mae import inference
 from altsight.nn.encoder import Encoder
-from altsight.nn.tokens import to_unit
+from altsight.nn.init import truncated
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class SimMIM(Method):
         """Set every parameter and buffer from `at`: mask token N(0, 0.02), the head as PyTorch does."""
         super().init_weights(at)
         with torch_seeded(at.child("head")):
-            nn.init.trunc_normal_(self.mask_token, std=0.02)
+            truncated(self.mask_token)
             self.head.reset_parameters()
 
     def prepare(self, crop: Crop, size: int) -> SimMIMPrepare:

@@ -15,15 +15,15 @@ from altsight.core.errors import UserError
 from altsight.core.rng import Key, torch_seeded
 from altsight.core.types import Batch, Document, Example, Outputs
 from altsight.data.masks import block_mask, of_196
-from altsight.data.views import Crop, random_keep
+from altsight.data.views import Crop, random_keep, to_unit
 from altsight.losses.contrastive import clip_loss
 from altsight.losses.tokens import token_ce_sum
 from altsight.methods.base import Corpus, Method
 from altsight.nn.codebook import usage
 from altsight.nn.encoder import Encoder
-from altsight.nn.init import reset, sincos_2d
+from altsight.nn.init import fill, reset, sincos_2d, truncated
 from altsight.nn.text import LayerNorm
-from altsight.nn.tokens import PatchTokenizer, TokenizerConfig, to_unit
+from altsight.nn.tokens import PatchTokenizer, TokenizerConfig
 
 Split = Literal["block", "uniform"]
 
@@ -70,11 +70,8 @@ class SplitDecoder(nn.Module):
         """Set every parameter from `at`: maps and mask token N(0, 0.02), fixed sine-cosine positions."""
         with torch_seeded(at), torch.no_grad():
             reset(self)
-            for module in self.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-                    nn.init.zeros_(module.bias)
-            nn.init.trunc_normal_(self.mask_token, std=0.02)
+            fill(self, truncated)
+            truncated(self.mask_token)
             self.positions[0] = sincos_2d(self.positions.shape[-1], self.grid)
 
     def forward(self, tokens: Tensor, keep: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -149,8 +146,7 @@ class SplitMask(Method):
         self.tokenizer.init_weights(at.child("tokenizer"))
         self.decoder.init_weights(at.child("decoder"))
         with torch_seeded(at.child("head")):
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+            fill(self.head, truncated)
 
     def prepare(self, crop: Crop, size: int) -> SplitMaskPrepare:
         """Return the preparation: one crop, and the patches in two halves.

@@ -15,6 +15,7 @@ from altsight.core.types import Batch, Document, Example, Outputs
 from altsight.data.views import Crop
 from altsight.methods.base import Corpus, Method
 from altsight.nn.encoder import Encoder
+from altsight.nn.init import fill, truncated
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ class Supervised(Method):
         """Set every parameter and buffer from `at`."""
         super().init_weights(at)
         with torch_seeded(at.child("heads")):
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+            fill(self.head, truncated)
 
     def prepare(self, crop: Crop, size: int) -> SupervisedPrepare:
         """Return the preparation: one crop and the label."""

@@ -21,14 +21,15 @@ from altsight.losses.captioning import (
     backwards,
     next_token_ce_sum,
     target_count,
-    token_ce_sum,
     token_set_ce_sum,
     token_set_count,
 )
+from altsight.losses.tokens import token_ce_sum
 from altsight.methods.base import Corpus, Method
 from altsight.methods.mae import inference
 from altsight.nn.caption import is_text, write
 from altsight.nn.encoder import Encoder
+from altsight.nn.init import fill, normal
 from altsight.nn.virtex import Reading, TextualHead, TextualHeadConfig
 
 READINGS: dict[str, tuple[Reading, ...]] = {
@@ -141,8 +142,7 @@ class VirTex(Method):
             self.head.init_weights(at.child("head"))
         if self.classifier is not None:
             with torch_seeded(at.child("classifier")):
-                nn.init.normal_(self.classifier.weight, std=0.02)
-                nn.init.zeros_(self.classifier.bias)
+                fill(self.classifier, normal)
 
     def prepare(self, crop: Crop, size: int) -> VirTexPrepare:
         """Return the preparation: one crop, its colours, and the caption that fits it."""

@@ -18,7 +18,7 @@ from altsight.methods.mae import inference
 from altsight.nn.caption import write
 from altsight.nn.encoder import Encoder
 from altsight.nn.gated import GatedConfig, GatedGPT2, VisualEncoder, language_model
-from altsight.nn.init import reset
+from altsight.nn.init import fill, reset
 
 
 class VisualGPT(Method):
@@ -64,11 +64,7 @@ class VisualGPT(Method):
         super().init_weights(at)
         with torch_seeded(at.child("visual")):
             reset(self.visual)
-            for module in self.visual.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+            fill(self.visual, nn.init.xavier_uniform_)
         self.decoder.init_weights(at.child("decoder"))
         if self.config.language_model:
             self.decoder.load(language_model(self.config.language_model, self.config.decoder.heads))

@@ -15,7 +15,7 @@ from altsight.core.errors import UserError
 from altsight.core.rng import Key, torch_seeded
 from altsight.data.text import Tokenizer
 from altsight.nn.caption import Attention, is_text
-from altsight.nn.init import reset
+from altsight.nn.init import fill, normal, reset
 from altsight.nn.text import LayerNorm, TextEncoder
 
 
@@ -79,9 +79,10 @@ class UnimodalText(TextEncoder):
     def init_weights(self, at: Key) -> None:
         """Set every parameter from `at`: maps and embeddings N(0, 0.02), biases 0. [unconfirmed]"""
         with torch_seeded(at):
-            _normal(self)
+            reset(self)
+            fill(self, normal, (nn.Linear, nn.Embedding))
             for table in (self.positional_embedding, self.cls):
-                nn.init.normal_(table, std=0.02)
+                normal(table)
 
     def states(self, ids: Tensor) -> Tensor:
         """Return (B, T + 1, W) for ids (B, T): the states of the tokens, then that of the CLS token.
@@ -122,19 +123,11 @@ class MultimodalText(nn.Module):
     def init_weights(self, at: Key) -> None:
         """Set every parameter from `at`: maps N(0, 0.02), biases 0. [unconfirmed]"""
         with torch_seeded(at):
-            _normal(self)
+            reset(self)
+            fill(self, normal, (nn.Linear, nn.Embedding))
 
     def forward(self, states: Tensor, image: Tensor) -> Tensor:
         """Return logits (B, T, V) from states (B, T, W) and image tokens (B, S, W)."""
         for layer in self.layers:
             states = layer(states, image=image)
         return self.head(self.norm(states))
-
-
-def _normal(module: nn.Module) -> None:
-    reset(module)
-    for child in module.modules():
-        if isinstance(child, nn.Linear | nn.Embedding):
-            nn.init.normal_(child.weight, std=0.02)
-        if isinstance(child, nn.Linear) and child.bias is not None:
-            nn.init.zeros_(child.bias)

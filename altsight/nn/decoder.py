@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from altsight.core.errors import UserError
 from altsight.core.rng import Key, torch_seeded
 from altsight.nn.encoder import Encoder
-from altsight.nn.init import reset, sincos_2d
+from altsight.nn.init import fill, reset, sincos_2d
 from altsight.nn.text import LayerNorm
 
 
@@ -55,10 +55,7 @@ class PixelDecoder(nn.Module):
         """Set every parameter from `at`: Xavier maps, mask token N(0, 0.02), fixed positions (0 for prefix tokens)."""
         with torch_seeded(at), torch.no_grad():
             reset(self)
-            for module in self.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
-                    nn.init.zeros_(module.bias)
+            fill(self, nn.init.xavier_uniform_)
             nn.init.normal_(self.mask_token, std=0.02)
             self.positions.zero_()
             self.positions[0, self.prefix :] = sincos_2d(self.positions.shape[-1], self.grid)

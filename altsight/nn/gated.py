@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from altsight.core.errors import UserError
 from altsight.core.rng import Key, torch_seeded
 from altsight.nn.caption import Attention, PostNormLayer
-from altsight.nn.init import reset
+from altsight.nn.init import fill, normal, reset
 from altsight.nn.text import LayerNorm
 
 Gate = Literal["srau", "normalised", "complementary", "plain"]
@@ -173,11 +173,7 @@ class GatedGPT2(nn.Module):
         residual = 0.02 * (2 * self.config.layers) ** -0.5
         with torch_seeded(at):
             reset(self)
-            for module in self.modules():
-                if isinstance(module, nn.Linear | nn.Embedding):
-                    nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            fill(self, normal, (nn.Linear, nn.Embedding))
             for block in self.blocks:
                 assert isinstance(block, _Block)
                 block.init_weights(residual)

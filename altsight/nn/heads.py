@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altsight.core.dist import gather
+from altsight.nn.init import fill, truncated
 
 
 class GlobalBatchNorm(nn.Module):
@@ -96,11 +97,8 @@ class PrototypeHead(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set maps to N(0, 0.02) without bias, prototypes to random directions of length 1."""
-        for module in self.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.direction, std=0.02)
+        fill(self.mlp, truncated)
+        truncated(self.direction)
         nn.init.ones_(self.length)
 
     def forward(self, x: Tensor) -> Tensor:

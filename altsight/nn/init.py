@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 VitInit = Literal["mae", "timm", "beit", "moco"]
+
+normal = functools.partial(nn.init.normal_, std=0.02)
+truncated = functools.partial(nn.init.trunc_normal_, std=0.02)
+
+
+def fill(
+    module: nn.Module,
+    draw: Callable[[Tensor], object],
+    kinds: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Linear,
+) -> None:
+    """Fill the weights of all linear maps in `module` (or of `kinds`) by `draw`, in order; biases are 0."""
+    for child in module.modules():
+        if isinstance(child, kinds):
+            draw(child.get_parameter("weight"))
+            if getattr(child, "bias", None) is not None:
+                nn.init.zeros_(child.get_parameter("bias"))
 
 
 def init_vit(vit: Any, kind: VitInit) -> None:
@@ -19,11 +37,7 @@ def init_vit(vit: Any, kind: VitInit) -> None:
 
 
 def _init_mae(vit: Any, separate_qkv: bool) -> None:
-    for module in vit.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    fill(vit, nn.init.xavier_uniform_)
     if separate_qkv:
         for block in vit.blocks:
             for part in block.attn.qkv.weight.chunk(3):
@@ -35,17 +49,29 @@ def _init_mae(vit: Any, separate_qkv: bool) -> None:
 
 
 def _init_beit(vit: Any) -> None:
-    for module in vit.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    fill(vit, truncated, (nn.Linear, nn.Conv2d))
     with torch.no_grad():
         for layer, block in enumerate(vit.blocks, start=1):
             block.attn.proj.weight.div_((2 * layer) ** 0.5)
             block.mlp.fc2.weight.div_((2 * layer) ** 0.5)
     for token in _tokens(vit):
-        nn.init.trunc_normal_(token, std=0.02)
+        truncated(token)
+
+
+def init_clip_blocks(blocks: nn.ModuleList, width: int) -> None:
+    """Set the maps of timm's text `blocks`, reset already, with CLIP's standard deviations (specification A1)."""
+    residual = width**-0.5 * (2 * len(blocks)) ** -0.5
+    stds = {
+        "attn.qkv.weight": width**-0.5,
+        "attn.proj.weight": residual,
+        "mlp.fc1.weight": (2 * width) ** -0.5,
+        "mlp.fc2.weight": residual,
+    }
+    for block in blocks:
+        for name, std in stds.items():
+            nn.init.normal_(block.get_parameter(name), std=std)
+        for name in ("attn.qkv.bias", "attn.proj.bias"):
+            nn.init.zeros_(block.get_parameter(name))
 
 
 def _tokens(vit: Any) -> list[nn.Parameter]:

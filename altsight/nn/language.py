@@ -17,7 +17,7 @@ from altsight.core.errors import UserError
 from altsight.core.rng import Key, torch_seeded
 from altsight.data.text import Tokenizer, load_tokenizer
 from altsight.nn.caption import is_text
-from altsight.nn.init import reset
+from altsight.nn.init import fill, normal, reset
 from altsight.nn.text import TextEncoder
 
 
@@ -80,11 +80,7 @@ class BertTower(_FirstTokenTower):
         """Set every parameter from `at`: maps and embeddings N(0, 0.02), biases 0, as in BERT."""
         with torch_seeded(at):
             reset(self)
-            for module in self.modules():
-                if isinstance(module, nn.Linear | nn.Embedding):
-                    nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear):
-                    nn.init.zeros_(module.bias)
+            fill(self, normal, (nn.Linear, nn.Embedding))
 
 
 def _check(config: BertTowerConfig) -> None:
@@ -145,8 +141,7 @@ class PretrainedTower(_FirstTokenTower):
         self.model.load_state_dict(_without_pooler(_fetch(AutoModel, self.name)).state_dict())
         self._check_first_token()
         with torch_seeded(at):
-            nn.init.normal_(self.projection.weight, std=0.02)
-            nn.init.zeros_(self.projection.bias)
+            fill(self.projection, normal)
 
     @torch.no_grad()
     def _check_first_token(self) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
+
+from altsight.nn.encoder import Encoder
 
 
 class Teacher(nn.ModuleDict):
@@ -39,3 +42,8 @@ class Teacher(nn.ModuleDict):
         for name, student in students.items():
             mine, theirs = list(self[name].parameters()), list(student.parameters())
             torch._foreach_lerp_([p.data for p in mine], [p.data for p in theirs], 1 - momentum)
+
+
+def teacher_encoder(teacher: Teacher) -> Encoder:
+    """Return the module called "encoder" of `teacher`."""
+    return cast(Encoder, teacher["encoder"])

@@ -12,7 +12,7 @@ from altsight.core.errors import UserError
 from altsight.core.rng import Key, torch_seeded
 from altsight.nn.decoder import PixelDecoderConfig
 from altsight.nn.encoder import Encoder
-from altsight.nn.init import reset, sincos_2d
+from altsight.nn.init import fill, reset, sincos_2d
 from altsight.nn.text import LayerNorm
 
 
@@ -58,10 +58,7 @@ class JointDecoder(nn.Module):
         """Set every parameter from `at`: Xavier maps, mask tokens and types N(0, 0.02), fixed positions."""
         with torch_seeded(at), torch.no_grad():
             reset(self)
-            for module in self.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
-                    nn.init.zeros_(module.bias)
+            fill(self, nn.init.xavier_uniform_)
             nn.init.normal_(self.mask_tokens, std=0.02)
             nn.init.normal_(self.types, std=0.02)
             self.image_positions[0] = sincos_2d(self.types.shape[1], self.grid)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from altsight.core.errors import UserError
 from altsight.core.rng import Key, torch_seeded
-from altsight.nn.init import reset
+from altsight.nn.init import fill, reset
 from altsight.nn.text import LayerNorm
 
 
@@ -83,9 +83,7 @@ class MAPHead(nn.Module):
         with torch_seeded(at.child("mlp")):
             reset(self.norm)
             nn.init.xavier_uniform_(self.pool.queries)
-            for name in ("fc1", "fc2"):
-                nn.init.xavier_uniform_(self.mlp.get_parameter(f"{name}.weight"))
-                nn.init.zeros_(self.mlp.get_parameter(f"{name}.bias"))
+            fill(self.mlp, nn.init.xavier_uniform_)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters of two dimensions that do not decay: the probe."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from altsight.core.errors import UserError
 from altsight.core.rng import Key, torch_seeded
 from altsight.data.text import Tokenizer
-from altsight.nn.init import reset
+from altsight.nn.init import init_clip_blocks, reset
 
 
 @dataclass(frozen=True)
@@ -106,24 +106,12 @@ class TextTower(TextEncoder):
 
     def init_weights(self, at: Key) -> None:
         """Set every parameter from `at`, with CLIP's standard deviations (specification A1)."""
-        width = self.config.width
-        residual = width**-0.5 * (2 * self.config.layers) ** -0.5
-        stds = {
-            "attn.qkv.weight": width**-0.5,
-            "attn.proj.weight": residual,
-            "mlp.fc1.weight": (2 * width) ** -0.5,
-            "mlp.fc2.weight": residual,
-        }
         with torch_seeded(at):
             reset(self)
             nn.init.normal_(self.token_embedding.weight, std=0.02)
             nn.init.normal_(self.positional_embedding, std=0.01)
-            for block in self.blocks:
-                for name, std in stds.items():
-                    nn.init.normal_(block.get_parameter(name), std=std)
-                for name in ("attn.qkv.bias", "attn.proj.bias"):
-                    nn.init.zeros_(block.get_parameter(name))
-            nn.init.normal_(self.text_projection.weight, std=width**-0.5)
+            init_clip_blocks(self.blocks, self.config.width)
+            nn.init.normal_(self.text_projection.weight, std=self.config.width**-0.5)
             if self.text_projection.bias is not None:
                 nn.init.zeros_(self.text_projection.bias)
 

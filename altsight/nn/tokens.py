@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from altsight.core.errors import UserError
 from altsight.core.rng import Key
-from altsight.data.views import NORMALIZATIONS
 from altsight.nn.codebook import cut, load_codebook, nearest, random_projection
 
 NETWORK_PATCH = 8
@@ -133,9 +132,3 @@ def _load_network(path: Path) -> Any:
             f"the tokenizer '{path}' is neither a codebook (.safetensors) nor TorchScript ({reason}): give another "
             "--method.tokenizer.path."
         ) from None
-
-
-def to_unit(images: Tensor, normalization: str) -> Tensor:
-    """Return normalised `images` (B, 3, H, W) as they were, in [0, 1]: what `PatchTokenizer` takes."""
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in NORMALIZATIONS[normalization])
-    return images * std + mean

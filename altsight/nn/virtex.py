@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from altsight.core.rng import Key, torch_seeded
 from altsight.nn.caption import PostNormLayer
-from altsight.nn.init import reset
+from altsight.nn.init import fill, normal, reset
 from altsight.nn.text import LayerNorm
 
 Reading = Literal["onwards", "backwards", "both ways"]
@@ -54,11 +54,7 @@ class TextualHead(nn.Module):
         """Set every parameter from `at`: maps and embeddings N(0, 0.02), biases 0."""
         with torch_seeded(at):
             reset(self)
-            for module in self.modules():
-                if isinstance(module, nn.Linear | nn.Embedding):
-                    nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            fill(self, normal, (nn.Linear, nn.Embedding))
             nn.init.zeros_(self.bias)
 
     def forward(self, ids: Tensor, text: Tensor, memory: Tensor, reading: Reading) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from altsight.core.config import from_dict, to_dict
+from altsight.core.config import from_dict, merge, to_dict
 from altsight.core.errors import UserError, did_you_mean
 from altsight.methods import METHODS, find
 from altsight.nn.encoder import EncoderConfig
@@ -196,15 +196,6 @@ def locate(source: str) -> str:
     _check_samples(source)
     name, _, split = source.removeprefix(SAMPLES).partition("/")
     return str(altsight_samples.path(name, split) if split else altsight_samples.documents())
-
-
-def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with the leaves of `over` put over it, table by table."""
-    merged = dict(base)
-    for name, value in over.items():
-        old = merged.get(name)
-        merged[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _anchored(plan: Plan, folder: Path) -> Plan:

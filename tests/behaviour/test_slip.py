@@ -19,13 +19,13 @@ import pytest
 import torch
 
 from altsight import recipes
-from altsight.core.config import read_json
+from altsight.core.config import merge, read_json
 from altsight.evals import evaluate
 from altsight.evals.base import Result, View
 from altsight.evals.bootstrap import Interval, hits_of, interval, paired_difference
 from altsight.evals.load import load_method, view_of
 from altsight.methods.base import Corpus
-from altsight.study.plan import Plan, merge, read_plan
+from altsight.study.plan import Plan, read_plan
 from altsight.study.run import open_data, open_tasks
 from altsight.train.loop import pretrain
 from altsight.train.run import build, pick_device

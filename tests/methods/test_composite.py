@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from altsight.commands import pretrain
+from altsight.commands.pretrain import pretrain
 from altsight.core.config import OptimConfig, from_dict, to_dict
 from altsight.core.errors import UserError
 from altsight.core.rng import key

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from altsight.core.errors import UserError
 from altsight.core.rng import key
-from altsight.data.views import normalize
+from altsight.data.views import normalize, to_unit
 from altsight.nn import codebook as codebooks
 from altsight.nn.codebook import load_codebook, nearest, random_projection, save_codebook, train_codebook, usage
-from altsight.nn.tokens import PatchTokenizer, TokenizerConfig, to_unit
+from altsight.nn.tokens import PatchTokenizer, TokenizerConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH = 4

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from altsight.core.config import merge
 from altsight.core.errors import UserError
-from altsight.study.plan import Budget, locate, merge, read_plan
+from altsight.study.plan import Budget, locate, read_plan
 from tests.study.made import plan
 
 TEXT = """

@@ -1,0 +1,1 @@
+"""The commands of `altsight.cli`: each parses its own options with tyro and calls the Python interface."""
