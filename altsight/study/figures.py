@@ -18,6 +18,7 @@ MAX_POINTS = 600
 """Points of one curve; longer logs are thinned evenly."""
 LEAST_SPAN = 10.0
 DASHES = ("solid", "dot", "dash", "dashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ def colours(result: StudyResult) -> dict[str, str]:
     return {name: found.get(name, REFERENCE) for name in result.names}
 
 
+def symbols(result: StudyResult) -> dict[str, str]:
+    """Return the marker of every arm: another one for every round of the palette, so that no two arms look alike."""
+    methods = [name for name in result.names if result.kind(name) == "method"]
+    found = {name: SYMBOLS[i // len(PALETTE) % len(SYMBOLS)] for i, name in enumerate(methods)}
+    return {name: found.get(name, SYMBOLS[0]) for name in result.names}
+
+
 def loss_figures(result: StudyResult, logs: Sequence[Log]) -> list[Figure]:
     """Return one figure an arm: its losses differ from other arms' in kind, so they share no axis."""
     return [
@@ -72,14 +80,18 @@ def probe_figure(result: StudyResult, logs: Sequence[Log]) -> Figure | None:
     metric = next((name for name in names if name.startswith("probe/")), "")
     if not metric:
         return None
-    palette = colours(result)
+    palette, marks = colours(result), symbols(result)
     start = {log.seed: [line for line in log.lines if metric in line] for log in logs if log.arm == UNTRAINED}
     traces, x = [], _axes()
     for log in (log for log in logs if log.arm != UNTRAINED):
         lines = [*start.get(log.seed, []), *(line for line in log.lines if metric in line)]
         traces.append(
             _trace(_label(result, log), [100 * line[metric] for line in lines], palette[log.arm])
-            | {"mode": "lines+markers", "line": _stroke(palette[log.arm], log, result)}
+            | {
+                "mode": "lines+markers",
+                "line": _stroke(palette[log.arm], log, result),
+                "marker": {"color": palette[log.arm], "symbol": marks[log.arm]},
+            }
         )
         _extend(x, lines)
     layout = _layout("per cent")

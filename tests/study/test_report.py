@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from altsight.evals.base import Result
+from altsight.methods import METHODS
 from altsight.study.figures import Log, loss_figures, probe_figure
 from altsight.study.gallery import Gallery, HeldOut, ImageQuery, Rebuilt, TextQuery
 from altsight.study.plan import SourceConfig
@@ -164,6 +165,15 @@ def test_probe_curves_start_at_the_untrained_encoder() -> None:
     assert [trace["name"] for trace in figure.traces] == ["mae", "clip"]
     assert figure.traces[0]["y"] == [12.5, 25.0]
     assert figure.x == {"samples": [[0.0, 640.0]] * 2, "flops": [[0.0, 1e7]] * 2}
+
+
+def test_no_two_arms_of_a_study_of_all_methods_look_alike() -> None:
+    of = plan(methods=tuple(name for name in METHODS if name != "supervised"))
+    result = study(*(arm(name, of=of) for name in of.arms), of=of)
+    figure = probe_figure(result, [Log(name, 0, logs()[0].lines) for name in of.arms])
+    assert figure is not None
+    looks = [(t["marker"]["color"], t["marker"]["symbol"], t["line"]["dash"]) for t in figure.traces]
+    assert len(set(looks)) == len(looks) == len(METHODS)
 
 
 def test_a_flat_probe_gets_no_stretched_axis() -> None:
