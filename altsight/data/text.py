@@ -21,7 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 PAD, START, END = "<pad>", "<start>", "<end>"
 _ROLES = {
     "pad": (PAD, "[PAD]", "<|endoftext|>", "</s>"),
-    "start": (START, "<|startoftext|>", "[CLS]", "<s>"),
+    # GPT-2 has no start; VisualGPT takes the rare "<?" for it (specification 8.2).
+    "start": (START, "<|startoftext|>", "[CLS]", "<s>", "<?"),
     "end": (END, "<|endoftext|>", "[SEP]", "</s>"),
 }
 """What known tokenizers call the three special tokens, in order of preference."""

@@ -17,6 +17,7 @@ from altsight.data.decode import MAX_PIXELS, Box, BrokenImage, decode, open_pict
 NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "cc12m": ((0.5762, 0.5503, 0.5213), (0.3207, 0.3169, 0.3307)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 """Name -> (mean, standard deviation) per channel, for pixels in [0, 1] (specification 0.3, item 5)."""

@@ -17,7 +17,7 @@ from altsight.losses.tokens import token_ce_sum
 from altsight.methods.base import Corpus, Method
 from altsight.nn.codebook import usage
 from altsight.nn.encoder import Encoder
-from altsight.nn.init import fill, truncated
+from altsight.nn.init import cut_at_std, fill
 from altsight.nn.tokens import PatchTokenizer, TokenizerConfig
 
 
@@ -82,12 +82,12 @@ class BEiT(Method):
         """How the last micro-batch used the words; for the log alone."""
 
     def init_weights(self, at: Key) -> None:
-        """Set every parameter and buffer from `at`: mask token and head N(0, 0.02)."""
+        """Set every parameter and buffer from `at`: mask token and head N(0, 0.02), cut off at one deviation."""
         super().init_weights(at)
         self.tokenizer.init_weights(at.child("tokenizer"))
         with torch_seeded(at.child("head")):
-            truncated(self.mask_token)
-            fill(self.head, truncated)
+            cut_at_std(self.mask_token)
+            fill(self.head, cut_at_std)
 
     def prepare(self, crop: Crop, size: int) -> BEiTPrepare:
         """Return the preparation: one crop and one block-wise mask.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,10 @@ from altsight.nn.pool import AttentionPool
 class CoCa(Method):
     """Contrastive captioner: the text half of the decoder yields text embeddings, the other half captions.
 
-    Two attentional poolers read the patch tokens: a generative one with many queries, for the captions, and a
-    contrastive one with a single query, for the image embedding. For the paper's encoder set --encoder.img-size 288
-    --encoder.patch-size 18.
+    The loss is contrastive_weight * (CE of texts given an image + CE of images given a text) + caption_weight * (CE of
+    the next token given the image). Two attentional poolers read the patch tokens: a generative one with many queries,
+    for the captions, and a contrastive one with a single query, for the image embedding. For the paper's encoder set
+    --encoder.img-size 288 --encoder.patch-size 18.
     """
 
     @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class CoCa(Method):
         decoder: CoCaDecoderConfig = field(default_factory=CoCaDecoderConfig)
         queries: int = 256
         """Image tokens that the captions see."""
-        cascade: bool = True
-        """The contrastive pooler reads the generative one's tokens; False: both read the encoder's."""
+        poolers: Literal["cascade", "parallel", "one"] = "cascade"
+        """cascade: the contrastive pooler reads the generative one's tokens; parallel: both read the encoder's; one:
+        there is one, with layer norms, and its first token is the image embedding (open_clip's CoCa)."""
         contrastive_weight: float = 1.0
         caption_weight: float = 2.0
         temperature: float = 0.07
@@ -73,17 +75,20 @@ class CoCa(Method):
         width, heads = config.decoder.width, config.decoder.heads
         self.text = UnimodalText(config.decoder, self.tokenizer)
         self.captions = MultimodalText(config.decoder, self.tokenizer.vocab_size)
-        self.generative = AttentionPool(encoder.width, width, heads, config.queries)
-        self.contrastive = AttentionPool(width if config.cascade else encoder.width, width, heads, 1)
+        one = config.poolers == "one"
+        self.generative = AttentionPool(encoder.width, width, heads, config.queries, normed=one)
+        read = width if config.poolers == "cascade" else encoder.width
+        self.contrastive = None if one else AttentionPool(read, width, heads, 1)
         self.logit_scale = nn.Parameter(torch.empty(()))
 
     def init_weights(self, at: Key) -> None:
         """Set every parameter and buffer from `at`."""
         super().init_weights(at)
-        for name in ("text", "captions", "generative", "contrastive"):
-            module = self.get_submodule(name)
-            assert isinstance(module, UnimodalText | MultimodalText | AttentionPool)
-            module.init_weights(at.child(name))
+        self.text.init_weights(at.child("text"))
+        self.captions.init_weights(at.child("captions"))
+        self.generative.init_weights(at.child("generative"))
+        if self.contrastive is not None:
+            self.contrastive.init_weights(at.child("contrastive"))
         nn.init.constant_(self.logit_scale, -math.log(self.config.temperature))
 
     def prepare(self, crop: Crop, size: int) -> CLIPPrepare:
@@ -122,7 +127,9 @@ class CoCa(Method):
     def _pool(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Return the image tokens (B, queries, W) and the image embedding (B, W)."""
         tokens = self.generative(patches)
-        return tokens, self.contrastive(tokens if self.config.cascade else patches)[:, 0]
+        if self.contrastive is None:
+            return tokens, tokens[:, 0]
+        return tokens, self.contrastive(tokens if self.config.poolers == "cascade" else patches)[:, 0]
 
     @torch.no_grad()
     def after_step(self, at: Progress) -> None:

@@ -36,8 +36,12 @@ class SimCLR(Method):
         """How each of the two views is made; the study's crop is not used."""
         temperature: float = 0.1
         layers: int = 3
-        """Maps of the projection head: 3 (version 2) or 2 (version 1); the hidden ones are as wide as the features."""
+        """Maps of the projection head: 3 (version 2) or 2 (version 1)."""
+        hidden: int = 0
+        """Width of its hidden layers; 0: as wide as the features."""
         out_dim: int = 128
+        last_norm: bool = True
+        """Batch norm behind the last map; SLIP's authors have none."""
 
     # 100 epochs, 10 of them warm-up.
     optim: ClassVar[OptimConfig] = OptimConfig(
@@ -50,7 +54,8 @@ class SimCLR(Method):
     def __init__(self, config: SimCLR.Config, encoder: Encoder, corpus: Corpus) -> None:
         super().__init__(encoder)
         self.config = config
-        self.projector = MLPHead([*[encoder.width] * config.layers, config.out_dim], "affine")
+        hidden = [config.hidden or encoder.width] * (config.layers - 1)
+        self.projector = MLPHead([encoder.width, *hidden, config.out_dim], "affine" if config.last_norm else "none")
 
     def init_weights(self, at: Key) -> None:
         """Set every parameter and buffer from `at`."""

@@ -41,8 +41,9 @@ class SimMIMPrepare:
 class SimMIM(Method):
     """Masked image modelling with a linear head. Images alone; text and labels are not looked at.
 
-    What the paper does to the encoder itself is set there: --encoder.positions none --encoder.relative-positions True
-    --encoder.drop-path 0.1. Its crop keeps at least 0.67 of the image (--data.crop.scale 0.67 1).
+    What the source does to the encoder itself is set there: --encoder.positions none --encoder.relative-positions True
+    --encoder.layer-scale 0.1 --encoder.init beit --encoder.drop-path 0.1. Its crop keeps at least 0.67 of the image
+    (--data.crop.scale 0.67 1).
     """
 
     @dataclass(frozen=True)
@@ -54,14 +55,15 @@ class SimMIM(Method):
         mask_ratio: float = 0.6
         """Share of the squares that is masked, rounded up."""
 
-    # The warm-up starts at 5e-7 whatever the batch; 2048 is [unconfirmed] as the source's.
+    # The source scales the first rate of the warm-up by the batch too: here it is that of a batch of 2048, which is
+    # [unconfirmed] as the source's.
     optim: ClassVar[OptimConfig] = OptimConfig(
         lr=1e-4,
         lr_base_batch=512,
         weight_decay=0.05,
         betas=(0.9, 0.999),
         warmup_fraction=10 / 800,
-        warmup_lr=5e-7,
+        warmup_lr=5e-7 * 2048 / 512,
         schedule="step",
         step_at=700 / 800,
         clip_norm=5.0,
@@ -72,7 +74,8 @@ class SimMIM(Method):
         super().__init__(encoder)
         self.config = config
         _check_units(config, encoder.grid, encoder.patch_size)
-        self.mask_token = nn.Parameter(torch.empty(encoder.width))
+        # Not a vector, which would not decay.
+        self.mask_token = nn.Parameter(torch.empty(1, encoder.width))
         # A 1 x 1 convolution and a pixel shuffle, as the paper has it, are this map for every patch.
         self.head = nn.Linear(encoder.width, 3 * encoder.patch_size**2)
 
@@ -105,11 +108,12 @@ class SimMIM(Method):
 
     def _predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """Return the pixels of all patches (B, L, patch * patch * 3)."""
-        return self.head(self.encoder(images, mask=mask, mask_token=self.mask_token).patches)
+        return self.head(self.encoder(images, mask=mask, mask_token=self.mask_token[0]).patches)
 
     def no_weight_decay(self) -> set[str]:
-        """Exempt the encoder's class token and positions, as the source does, besides gains and biases."""
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        """Exempt the encoder's tokens and position table; the table of relative positions decays, as in the source."""
+        names = self.encoder.no_weight_decay()
+        return {f"encoder.{name}" for name in names if not name.startswith("relative")}
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """Return the images of `batch` with their masked patches as predicted: (B, 3, H, W) fp32 in [0, 1]."""

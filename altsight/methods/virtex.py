@@ -81,6 +81,8 @@ class Masking:
         rng = at.child("words").generator()
         chosen = 1 + rng.permutation(words)[: math.ceil(self.share * words)]
         what, other = rng.random(len(chosen)), rng.integers(tokenizer.vocab_size, size=len(chosen))
+        if len(chosen) == 1:
+            what[:] = 0.0  # a single word is hidden in any case, as in the source
         masked = text.clone()
         for place, drawn, token in zip(chosen.tolist(), what.tolist(), other.tolist(), strict=True):
             if drawn < 0.95:
@@ -114,6 +116,7 @@ class VirTex(Method):
         lr=0.2,
         lr_base_batch=0,
         weight_decay=1e-4,
+        decay_all=True,
         betas=(0.9, 0.999),
         warmup_fraction=10_000 / 500_000,
         lookahead=5,
@@ -175,6 +178,11 @@ class VirTex(Method):
             logits = self.head(ids[:, :-1], text[:, :-1], memory, "backwards")
             local["backwards"] = token_ce_sum(logits, ids[:, 1:], text[:, 1:])
         return Outputs(local=local)
+
+    def no_weight_decay(self) -> set[str]:
+        """Exempt gains and biases of the words' embedding and of the transformers; those of the CNN decay."""
+        inside = ("head.norm.", "head.transformers.")
+        return {name for name, p in self.named_parameters() if p.ndim < 2 and name.startswith(inside)}
 
     def lr_scales(self) -> dict[str, float]:
         """Return the factor of what is thrown away afterwards."""

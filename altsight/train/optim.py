@@ -31,21 +31,41 @@ def make_optimizer(method: Method, config: OptimConfig, batch: int) -> torch.opt
         del options["betas"]  # Adan and its like take three, and keep their own
     groups = parameter_groups(method, config)
     optimizer = create_optimizer_v2(groups, opt=config.name, lr=config.peak_lr(batch), **options)
-    wrapped: torch.optim.Optimizer = Lookahead(optimizer, k=config.lookahead) if config.lookahead else optimizer  # type: ignore[no-untyped-call]
+    if not config.lookahead:
+        return optimizer
+    _keep_start(optimizer)
+    wrapped: torch.optim.Optimizer = Lookahead(optimizer, k=config.lookahead)  # type: ignore[no-untyped-call]
     return wrapped
+
+
+def _keep_start(optimizer: torch.optim.Optimizer) -> None:
+    """Let Lookahead's slow weights start at the weights before the first step (Zhang et al. 2019).
+
+    timm's start at those of its first synchronisation, which then does nothing. They are put into the optimizer's state
+    after its first step, since many optimizers take a state that holds anything for one that they have set up.
+    """
+    start = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+
+    def keep(stepped: torch.optim.Optimizer, *_: Any) -> None:
+        for parameter, weights in start.items():
+            if parameter.grad is not None:
+                stepped.state[parameter].setdefault("lookahead_slow_buff", weights)
+        handle.remove()
+
+    handle = optimizer.register_step_post_hook(keep)
 
 
 def parameter_groups(method: Method, config: OptimConfig) -> list[dict[str, Any]]:
     """Return the trained parameters by weight decay, factor on the learning rate, and whether the latter is constant.
 
-    Tensors with fewer than two dimensions and those that the method names do not decay, unless `decay_all` is set.
+    Those that the method names do not decay, nor do tensors with fewer than two dimensions unless `decay_all` is set.
     """
     exempt, scales, constant = method.no_weight_decay(), method.lr_scales(), method.constant_lr()
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = config.decay_all or (parameter.ndim > 1 and name not in exempt)
+        decays = (config.decay_all or parameter.ndim > 1) and name not in exempt
         scale = _layer_scale(method, config.layer_decay, name)
         for prefix, factor in scales.items():
             scale *= factor if name.startswith(prefix) else 1.0

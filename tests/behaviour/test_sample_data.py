@@ -1,20 +1,17 @@
 """What must show on the sample data: training beats not training, and an evaluation that ought to fail does.
 
-The runs are those of the demo without a GPU: its plan, its budget, its tasks; two cores take about five minutes.
+The runs are those of the demo without a GPU: its plan, its budget, its tasks; about ten minutes on a core of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 from altsight import recipes
 from altsight.core.config import read_json
@@ -37,15 +34,6 @@ from altsight.train.run import build, pick_device
 pytestmark = pytest.mark.slow
 METHODS = ("mae", "clip", "mug")
 Found = dict[tuple[str, str, str], Result]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_threads() -> Iterator[None]:
-    """These runs are as large as the demo's, so they get all cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

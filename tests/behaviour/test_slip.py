@@ -2,21 +2,18 @@
 
 SLIP's claim (Mu et al. 2022) is about millions of images. A run of minutes need not bear it out, so what is found is
 printed with its interval (`pytest -rP`), and asserted is what must hold whichever is better. A sample costs SLIP three
-passes of the encoder where it costs CLIP one. Two cores take about five minutes.
+passes of the encoder where it costs CLIP one. About ten minutes on a core of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 from altsight import recipes
 from altsight.core.config import merge, read_json
@@ -36,15 +33,6 @@ SAMPLES = 15_360
 SEEDS = (0, 1)
 ARMS = ("clip", "slip")
 Hits = dict[str, npt.NDArray[np.bool_]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_threads() -> Iterator[None]:
-    """These runs are larger than a test's usual ones, so they get all cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

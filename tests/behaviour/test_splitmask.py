@@ -57,7 +57,7 @@ def run_of(arm: str) -> Run[SplitMask.Config]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     """Arm -> what was found; "untrained" is the encoder that all start from."""
     folder = tmp_path_factory.mktemp("splitmask")
-    data, task = prepared_shapes(folder, PAIRS), shapes_task(test=2000)
+    data, task = prepared_shapes(folder, PAIRS), shapes_task(test=6000)
     untrained = view_of(build(run_of("both"), Corpus.of(data)), "untrained")
     results = {"untrained": Found(probe(untrained, task))}
     for arm in WEIGHTS:

@@ -15,6 +15,7 @@ from tokenizers import models, pre_tokenizers
 
 from altsight.core.errors import UserError
 from altsight.data.text import END, PAD, START, Tokenizer, load_tokenizer, train_tokenizer
+from altsight.nn.caption import is_text
 
 CORPUS = ["a red fox in the snow", "A dog and a red ball", "the fox, the dog & the ball", "snow on a red roof"] * 5
 
@@ -110,6 +111,17 @@ def test_known_tokenizers_are_asked_for_their_own_special_tokens(tmp_path: Path)
     model.save(str(tmp_path / "bert.json"))
     loaded = load_tokenizer(str(tmp_path / "bert.json"))
     assert loaded.encode("fox fox dog fox", 8).tolist() == [1, 4, 4, 3, 4, 2, 0, 0]
+
+
+def test_gpt2_starts_with_a_rare_token_of_its_own(tmp_path: Path) -> None:
+    """It has <|endoftext|> alone; a start with that id would end every caption before its first word."""
+    words = {"<|endoftext|>": 0, "<?": 1, "a": 2, "cat": 3}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.save(str(tmp_path / "gpt2.json"))
+    loaded = load_tokenizer(str(tmp_path / "gpt2.json"))
+    assert loaded.encode("a cat", 6).tolist() == [1, 2, 3, 0, 0, 0]
+    assert is_text(loaded.encode("a cat", 6)[None], loaded.end).tolist() == [[True] * 4 + [False] * 2]
 
 
 def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:

@@ -108,13 +108,16 @@ def words_of(method: CoCa, batch: Batch) -> list[list[int]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cascade", [True, False])
-def test_losses_equal_reference(encoder: Encoder, corpus: Corpus, batch: Batch, cascade: bool) -> None:
-    method = make(encoder, corpus, dataclasses.replace(CONFIG, cascade=cascade))
+@pytest.mark.parametrize("poolers", ["cascade", "parallel", "one"])
+def test_losses_equal_reference(encoder: Encoder, corpus: Corpus, batch: Batch, poolers: Any) -> None:
+    method = make(encoder, corpus, dataclasses.replace(CONFIG, poolers=poolers))
     out = method.embed(batch, key(0, 0))
     patches = encoder(encoder.normalize(batch["image"])).patches
     tokens = method.generative(patches)
-    images = method.contrastive(tokens if cascade else patches)[:, 0]
+    images = tokens[:, 0]
+    if method.contrastive is not None:
+        images = method.contrastive(tokens if poolers == "cascade" else patches)[:, 0]
+    assert (method.contrastive is None) == (poolers == "one")
     texts = torch.stack([slow_embedding(method, ids) for ids in words_of(method, batch)])
     torch.testing.assert_close(out.shared["text"], texts, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.shared["image"], images, rtol=1e-5, atol=1e-6)
@@ -187,11 +190,12 @@ def test_a_token_changes_no_earlier_logits(method: CoCa, batch: Batch, t: int) -
 
 
 def test_cascade_reads_the_generative_tokens(encoder: Encoder, corpus: Corpus, batch: Batch) -> None:
-    for cascade, width in ((True, 24), (False, 32)):
-        method = make(encoder, corpus, dataclasses.replace(CONFIG, cascade=cascade))
-        assert method.contrastive.key.in_features == width
+    poolers: Any
+    for poolers, width in (("cascade", 24), ("parallel", 32)):
+        method = make(encoder, corpus, dataclasses.replace(CONFIG, poolers=poolers))
+        assert method.contrastive is not None and method.contrastive.key.in_features == width
         method.loss({k: v for k, v in method.embed(batch, key(0, 0)).shared.items()})["contrastive"].backward()
-        assert (method.generative.queries.grad is not None) is cascade
+        assert (method.generative.queries.grad is not None) is (poolers == "cascade")
 
 
 def test_view_reads_the_towers_that_were_trained(method: CoCa, batch: Batch) -> None:

@@ -127,6 +127,7 @@ def test_settings_of_the_paper() -> None:
 
 
 def test_no_decay_for_positions_and_class_token() -> None:
+    """Specification E1 ("listed names"): the mask token and the table of relative positions are not among them."""
     config = EncoderConfig(
         "vit_tiny_patch16_224", 32, 8, width=32, depth=1, heads=2, positions="learned", relative_positions=True
     )
@@ -134,8 +135,8 @@ def test_no_decay_for_positions_and_class_token() -> None:
     assert method.no_weight_decay() == {
         "encoder.backbone.cls_token",
         "encoder.backbone.pos_embed",
-        "encoder.relative.relative_position_bias_table",
     }
+    assert method.mask_token.ndim > 1
 
 
 @pytest.mark.parametrize(("unit", "near"), [(32, None), (12, 8), (24, 16), (4, 8), (64, 32)])

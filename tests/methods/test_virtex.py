@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -199,7 +200,8 @@ def test_mask_is_drawn_over_words_alone(encoder: Encoder, corpus: Corpus) -> Non
     assert hidden / 1800 == pytest.approx(0.85, abs=0.025)
     assert other / 1800 == pytest.approx(0.10, abs=0.02)
     short = torch.tensor([tokenizer.start, 40, tokenizer.end, tokenizer.pad])
-    assert any(mask(short, tokenizer, key(0, i))[1] == tokenizer.vocab_size for i in range(5))  # at least one word
+    # At least one word, and a single one is always hidden.
+    assert all(mask(short, tokenizer, key(0, i))[1] == tokenizer.vocab_size for i in range(40))
     empty = torch.tensor([tokenizer.start, tokenizer.end, tokenizer.pad])
     assert torch.equal(mask(empty, tokenizer, key(0, 0)), empty)
 
@@ -303,6 +305,19 @@ def test_two_learning_rates_and_lookahead(encoder: Encoder, corpus: Corpus) -> N
             rate = group["lr"] * group["lr_scale"] if "lr_scale" in group else group["lr"]
             assert rate == pytest.approx(0.2 if names[id(p)].startswith("encoder.") else 0.001)
     assert type(optimizer).__name__ == "Lookahead"
+
+
+def test_gains_and_biases_of_the_transformers_do_not_decay_and_those_of_the_cnn_do(corpus: Corpus) -> None:
+    """Specification 9.3: no decay of norm and bias in the text's embedding and transformer."""
+    method = make(Encoder(EncoderConfig("test_resnet", img_size=32)), corpus)
+    groups = make_optimizer(method, VirTex.optim, 256).param_groups
+    still = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in method.named_parameters() if id(p) in still}
+    assert {"head.norm.weight", "head.norm.bias"} < names
+    rest = names - {"head.norm.weight", "head.norm.bias"}
+    assert all(re.match(r"head\.transformers\..*(norm|bias)", name) for name in rest) and rest
+    kept = {name for name, p in method.named_parameters() if id(p) not in still}
+    assert {"head.bias", "head.projection.bias", "encoder.backbone.bn1.weight"} < kept
 
 
 def test_resnet_50_reads_a_grid_of_49(corpus: Corpus) -> None:

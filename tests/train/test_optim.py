@@ -105,14 +105,18 @@ def test_everything_decays_where_the_source_says_so() -> None:
     assert {g["weight_decay"] for g in parameter_groups(method, OptimConfig(weight_decay=0.1))} == {0.0, 0.1}
 
 
-def test_lookahead_walks_half_way_every_k_steps() -> None:
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_lookahead_walks_half_way_every_k_steps(name: str) -> None:
+    """Every second step the slow weights, which start where the run does, go half of the way, and the fast follow."""
+    config = OptimConfig(name=name, lr=0.1, lr_base_batch=0, lookahead=2, weight_decay=0.0, betas=(0.0, 0.0))
     method = build(tiny_run("mae", Path(), 64), Corpus())
-    optimizer = make_optimizer(method, OptimConfig(name="sgd", lr=1.0, lr_base_batch=0, lookahead=2), 64)
+    optimizer = make_optimizer(method, config, 64)
     token = method.encoder.backbone.cls_token
-    values = []
+    start, values = float(token.detach().flatten()[0]), []
     for _ in range(4):
         for p in method.parameters():
             p.grad = torch.ones_like(p) if p.requires_grad else None
         optimizer.step()
-        values.append(float(token.detach().flatten()[0]))
-    assert values[3] != pytest.approx(values[2] + (values[1] - values[0]))
+        values.append(float(token.detach().flatten()[0]) - start)
+    # A step is 0.1 down, with either optimizer: two steps, and half of the way back.
+    assert values == pytest.approx([-0.1, -0.1, -0.2, -0.2], abs=1e-5)
