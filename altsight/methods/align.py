@@ -22,6 +22,9 @@ from altsight.nn.language import BertTower, BertTowerConfig
 class ALIGN(Method):
     """Dual encoder of any timm backbone and a BERT that starts from random weights.
 
+    L = CE over the texts given an image + CE over the images given a text, of cosine / T, with smoothed labels, meaned
+    over the global batch.
+
     The source's image towers are EfficientNets (--encoder.model efficientnet_b5). timm's end in the 1x1 convolution of
     the classifier's head, which the source leaves out, so that B7 has 2,560 channels here and 640 there: what is
     trained is what is evaluated.

@@ -42,6 +42,8 @@ class BEiTPrepare:
 class BEiT(Method):
     """BERT for images. Images alone; text and labels are not looked at.
 
+    L = mean over the masked patches of -log p(word of the patch).
+
     The words are those of a codebook of the toolkit's own unless `tokenizer.path` names another tokenizer: BEiT's, the
     discrete VAE of DALL-E, cannot be fetched. What the paper does to the encoder itself is set there: --encoder.init
     beit --encoder.positions none --encoder.relative-positions True --encoder.layer-scale 0.1 --encoder.drop-path 0.1.

@@ -25,6 +25,8 @@ from altsight.nn.momentum import Teacher, teacher_encoder
 class BYOL(Method):
     """Online network with a predictor, and a target network that follows its encoder and projector. Images alone.
 
+    L = |q1 - z2|^2 + |q2 - z1|^2 of unit vectors, q predicted, z the target network's.
+
     The source trains a ResNet-50 with LARS, and its optimizer is the default here; for a ViT set AdamW.
     """
 

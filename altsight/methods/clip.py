@@ -39,6 +39,9 @@ class CLIPPrepare:
 class CLIP(Method):
     """Dual encoder with a symmetric softmax over the global batch.
 
+    L = 1/2 [CE over the texts given an image + CE over the images given a text] of s * cosine, s learned, meaned over
+    the global batch.
+
     The image feature is read at `feature_point`, the mean of the patch tokens, like that of every other method, where
     OpenAI's CLIP reads the CLS token; the encoder is the shared one. Both make methods comparable. For OpenAI's very
     image tower set --encoder.model vit_base_patch32_clip_quickgelu_224 --encoder.positions learned.

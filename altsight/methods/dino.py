@@ -43,6 +43,9 @@ class HeadConfig:
 class DINO(Method):
     """Self-distillation without labels over global and local views.
 
+    L = mean over pairs of different views of H(softmax((t - c) / T_t), softmax(s / T_s)): t the teacher's logits of a
+    global view, s the student's of any, c the centre.
+
     The loss reads the CLS token, as in the paper (the mean of the patch tokens where an encoder has no such token).
     What is evaluated is the teacher, at the mean of the patch tokens like every other method; DINO's own reading is
     the feature point "cls". The study's crop is not used: the shares that views keep are part of the method.

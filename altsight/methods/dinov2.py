@@ -67,6 +67,8 @@ class DINOv2Prepare:
 class DINOv2(Method):
     """DINO's and iBOT's losses on one encoding, and KoLeo on the CLS tokens of the global views.
 
+    L = DINO's loss + iBOT's at masked patches + koleo_weight * KoLeo.
+
     The configuration is the source's short recipe (ViT-L/16 on ImageNet-1k, 125,000 steps). The model's parts are
     settings of the encoder: --encoder.layer-scale 1e-5, --encoder.drop-path .3, --encoder.registers 4.
 

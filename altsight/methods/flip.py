@@ -44,9 +44,11 @@ def _text() -> TextConfig:
 class FLIP(Method):
     """Dual encoder whose image tower sees random patches only. Nothing is reconstructed, and no word is masked.
 
+    L = 1/2 [CE over the texts given an image + CE over the images given a text] of s * cosine: CLIP's.
+
     In the joint space an image is the mean of all tokens, CLS included. Frozen features are read at `feature_point`,
     the mean of the patch tokens, like those of every other method. The source's image tower is the shared encoder with
-    its defaults. Its second stage, a short tuning on whole images, is --method.mask-ratio 0 at --optim.lr 4e-8.
+    its defaults. Its second stage, a short tuning on whole images from these weights, is left out.
     """
 
     @dataclass(frozen=True)

@@ -59,6 +59,8 @@ class IBOTPrepare:
 class IBOT(Method):
     """DINO whose student sees masked global views, and also predicts the teacher's word for every masked patch.
 
+    L = DINO's loss + the same cross-entropy at the masked patches of the global views, meaned within a view.
+
     Evaluated like DINO: the teacher, at the mean of the patch tokens.
     """
 

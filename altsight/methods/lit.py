@@ -32,6 +32,8 @@ def _text() -> TextConfig:
 class LiT(Method):
     """Dual encoder whose image tower, trained before, is locked: no gradient, no dropout, no map on top of it.
 
+    L = 1/2 [CE over the texts given an image + CE over the images given a text] of s * cosine.
+
     The texts are mapped to the width of the encoder. The shared encoder is what is locked, so a run with
     `locked` does not start like the other methods, and is no arm of a study.
     """

@@ -50,6 +50,8 @@ class M3AEPrepare:
 class M3AE(Method):
     """Multi-modal masked autoencoder: the shared encoder runs over visible patches and visible words together.
 
+    L = image_weight * MSE of the masked patches' pixels + text_weight * CE of the masked words.
+
     Words carry a learned modality embedding. The source's one of patches would only add to the bias of the patch
     embedding, so it is left to that: the encoder stays the shared one, and encodes images alone afterwards.
     The source trains at 256 x 256 pixels (--encoder.img-size 256).

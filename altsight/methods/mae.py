@@ -98,7 +98,10 @@ class MaskedPixels(nn.Module):
 
 
 class MAE(Method):
-    """Masked autoencoder. Images alone; text and labels are not looked at."""
+    """Masked autoencoder. Images alone; text and labels are not looked at.
+
+    L = mean over the masked patches of the squared error of their (normalised) pixels.
+    """
 
     @dataclass(frozen=True)
     class Config:

@@ -25,6 +25,8 @@ from altsight.nn.momentum import Teacher, teacher_encoder
 class MoCoV3(Method):
     """Queries from an encoder, projector and predictor; keys from a momentum encoder and projector. Images alone.
 
+    L = 2 T [CE of q1 . k2 / T + CE of q2 . k1 / T] over the keys of the global batch.
+
     Features are read at `feature_point`, the mean of the patch tokens, like those of every other method, where the
     source reads the CLS token. For its very encoder set --encoder.init moco, and --encoder.heads 12 for ViT-S.
     """

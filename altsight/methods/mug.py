@@ -40,7 +40,10 @@ class MUGPrepare:
 
 
 class MUG(Method):
-    """Multi-modal generator: one encoding of the visible patches feeds a pixel and a caption decoder."""
+    """Multi-modal generator: one encoding of the visible patches feeds a pixel and a caption decoder.
+
+    L = recon_weight * MSE of the masked patches (normalised pixels) + caption_weight * CE of the next tokens.
+    """
 
     @dataclass(frozen=True)
     class Config:

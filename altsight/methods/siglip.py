@@ -38,6 +38,9 @@ def _text() -> TextConfig:
 class SigLIP(Method):
     """Dual encoder with a sigmoid for every pair, in place of a softmax over the batch.
 
+    L = -1/B sum_ij log sigmoid(z_ij (t * cosine_ij + b)), z_ij = 1 where text j is image i's and -1 elsewhere; t, b
+    learned.
+
     In the joint space an image is what attention pooling makes of its patch tokens, as wide as the encoder. Frozen
     features are read at `feature_point`, like those of every other method. For the source's image tower set
     --encoder.positions learned --encoder.normalization half; it has no CLS token, which the pooling does not see here.

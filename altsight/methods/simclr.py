@@ -25,6 +25,9 @@ from altsight.nn.init import reset
 class SimCLR(Method):
     """Contrast of two views with a softmax over all views of the global batch. Images alone.
 
+    L = mean over the 2 B views of -log softmax of cosine / T at the other view of the same image, among the 2 B - 1
+    other views.
+
     The source trains a ResNet-50 with LARS, and its optimizer is the default here; for a ViT set AdamW.
     """
 

@@ -41,6 +41,8 @@ class SimMIMPrepare:
 class SimMIM(Method):
     """Masked image modelling with a linear head. Images alone; text and labels are not looked at.
 
+    L = mean over the masked pixels and channels of |pixel - predicted|.
+
     What the source does to the encoder itself is set there: --encoder.positions none --encoder.relative-positions True
     --encoder.layer-scale 0.1 --encoder.init beit --encoder.drop-path 0.1. Its crop keeps at least 0.67 of the image
     (--data.crop.scale 0.67 1).

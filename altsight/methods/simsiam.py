@@ -26,6 +26,8 @@ from altsight.nn.init import reset
 class SimSiam(Method):
     """Siamese encoder whose targets are constants: the stopped gradient alone keeps it from collapsing. Images alone.
 
+    L = -1/2 cosine(p1, z2) - 1/2 cosine(p2, z1), z without a gradient.
+
     The source trains a ResNet-50 with SGD, and its optimizer is the default here; for a ViT set AdamW.
     """
 

@@ -54,6 +54,8 @@ class SLIPPrepare:
 class SLIP(Method):
     """Dual encoder with CLIP's loss on one crop and SimCLR's on two views of the same image: three forward passes.
 
+    L = CLIP's loss + views_weight * SimCLR's.
+
     The gradient of the contrastive loss is exact over all ranks; the released code gathers without a gradient there
     (specification 0.3, variant 4), which biases it. Features are read at `feature_point`, the mean of the patch
     tokens, where the source reads the CLS token; its ViT-S has --encoder.heads 12.

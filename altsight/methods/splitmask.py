@@ -94,6 +94,9 @@ class SplitDecoder(nn.Module):
 class SplitMask(Method):
     """Inpainting and matching of two complementary halves. Images alone; text and labels are not looked at.
 
+    L = inpaint_weight * [CE of b's words from a + CE of a's words from b] + match_weight * InfoNCE of the halves' mean
+    states.
+
     The same encoder sees either half, without mask tokens. No code was released: what the paper leaves open is marked
     [unconfirmed]. The recipe for small data sets (a quarter of the patches seen, colour) is left out.
     """

@@ -35,9 +35,11 @@ class SupervisedPrepare:
 class Supervised(Method):
     """Linear classifier on the encoder, trained together.
 
+    L = CE of the label.
+
     Optimizer and schedule are those of MAE's supervised reference, ViT-B from scratch (specification B1). Its
-    RandAugment, mixup and cutmix are left out, since all methods see the same crops, and so is its weight average
-    (0.9999), which says nothing in runs of less than some ten thousand steps.
+    RandAugment, mixup and cutmix are left out, since all methods see the same crops; its weight average, which says
+    nothing in runs of less than some ten thousand steps, is --optim.ema 0.9999.
     """
 
     @dataclass(frozen=True)

@@ -93,6 +93,8 @@ class Masking:
 class VirTex(Method):
     """Captions from a grid of image features, forwards and backwards; the encoder alone has to carry what is seen.
 
+    L = CE of the next tokens + CE of the previous tokens, each a mean over all tokens of the global batch.
+
     The source trains a ResNet-50 (--encoder.model resnet50) with SGD at 0.2, which is the default here; a ViT reads
     its patch tokens as the grid and wants an optimizer of its own: --optim.name adamw --method.head-lr-scale 1.
     """

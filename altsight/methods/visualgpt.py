@@ -24,6 +24,8 @@ from altsight.nn.init import fill, reset
 class VisualGPT(Method):
     """A GPT-2, pre-trained or not, writes captions; gates weigh its own words against the image.
 
+    L = CE of the next tokens given the image; the gates' formula is that of `altsight.nn.gated.gates`.
+
     The source reads 50 regions of a fixed detector; here the patch tokens of the shared encoder take their place, and
     the encoder is trained along. The source's second stage, reinforcement on CIDEr, adapts a captioner and is no
     pre-training: it is left out.

@@ -75,6 +75,9 @@ class VisualEncoder(nn.Module):
 def gates(alpha: Tensor, tau: float, kind: Gate) -> tuple[Tensor, Tensor]:
     """Return (language gate, vision gate), of the shape of `alpha` in [0, 1].
 
+    A block adds language * (its own words) + vision * (what the cross-attention finds), language = alpha [alpha > tau]
+    and vision = (1 - alpha) [1 - alpha > tau] (specification 8.1).
+
     A gate below tau is shut, which is a hard 0; the other one still carries a gradient to alpha, by which the shut one
     can open again (self-resurrecting activation unit; specification 8.1). From tau = 0.5 on both can be shut.
     """
