@@ -1,9 +1,11 @@
 """The order of LCL's Table 1 on made-up interleaved documents: LCL, then generation alone, then with regression.
 
 Yang et al. 2024 (specification LCL 2.9): 75.2, 24.0 and 5.7 % on ImageNet with frozen encoders, the latter two
-collapsed. Here documents hold two pictures of `Shapes` with a sentence on each, before or behind it, and a sentence on
-something else. All objectives get the same documents in the same order, encoder, optimizer and steps. What was found is
-printed (`pytest -rP`). One core takes about five minutes.
+collapsed. Here documents hold two pictures of `Shapes` with a sentence on each, before or behind it, among six
+sentences of random words: as in web pages, most of the text is about other things and cannot be predicted, which is
+what generation has to learn through. (Where there is one other sentence, a fixed one, generation alone learns as much
+as LCL does: 30.6 and 31.4 % after 900 steps.) All objectives get the same documents in the same order, encoder,
+optimizer and steps. What was found is printed (`pytest -rP`). About a quarter of an hour on a core of its own.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ from tests.behaviour.conftest import probe, shapes_task
 pytestmark = pytest.mark.slow
 ARMS = ("lcl", "generation", "generation_regression")
 SEEDS = (0, 1)
-DOCUMENTS, PICTURES = 2000, 2
-STEPS, BATCH = 900, 16
+DOCUMENTS, PICTURES, OTHERS = 2000, 2, 6
+STEPS, BATCH = 1800, 16
 TEST = 2000
 
 ABOUT_A_PICTURE = (
@@ -48,20 +50,16 @@ ABOUT_A_PICTURE = (
     "this is a {colour} {shape}",
     "look at the {colour} {shape}",
 )
-ABOUT_NONE = (
-    "read more about it on the next page",
-    "photos were taken on a sunny day in june",
-    "subscribe to our newsletter for weekly news",
-    "all rights belong to their owners",
-    "leave a comment below and share it with friends",
-    "this post was written for beginners",
-    "we had a lot of fun making these",
-    "see also our other posts on drawing",
-)
+WORDS = [
+    first + second
+    for first in ("ba", "ko", "mi", "ru", "ta", "ne", "sol", "pir", "den", "vak")
+    for second in ("lor", "min", "ta", "gus", "pel", "rix", "on", "dra", "fe", "zu")
+]
+"""What the other sentences are made of, eight words each."""
 
 
 def write_documents(folder: Path) -> None:
-    """Write documents in the layout of MMC4: two sentences with a picture each and one without, in any order."""
+    """Write documents in the layout of MMC4: two sentences with a picture each and six without, in any order."""
     (folder / "images").mkdir(parents=True)
     shapes = Shapes(DOCUMENTS * PICTURES)
     lines = []
@@ -69,9 +67,9 @@ def write_documents(folder: Path) -> None:
         draw = key(0, number, "document").generator()
         texts: list[str] = []
         images: list[dict[str, Any]] = []
-        for part in draw.permutation(PICTURES + 1).tolist():
-            if part == PICTURES:
-                texts.append(ABOUT_NONE[draw.integers(len(ABOUT_NONE))])
+        for part in draw.permutation(PICTURES + OTHERS).tolist():
+            if part >= PICTURES:
+                texts.append(" ".join(WORDS[i] for i in draw.integers(len(WORDS), size=8)))
                 continue
             i = number * PICTURES + part
             (folder / "images" / f"{i}.png").write_bytes(shapes.image(i))
@@ -91,7 +89,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def run_of(prepared: Prepared, objective: Any, seed: int) -> Run[Any]:
     return Run(
         name="lcl",
-        method=LCL.Config(LanguageConfig(64, 4, 2), data="interleaved", sequence=128, objective=objective),
+        method=LCL.Config(LanguageConfig(64, 4, 2), data="interleaved", sequence=160, objective=objective),
         optim=OptimConfig(lr=2e-3, lr_base_batch=0, weight_decay=0.05, betas=(0.9, 0.98), warmup_fraction=0.1),
         encoder=EncoderConfig("vit_tiny_patch16_224", img_size=32, patch_size=8, width=64, depth=3, heads=4),
         data=DataConfig(str(prepared.directory), Crop(scale=(0.9, 1.0), flip=False), workers=0),
