@@ -171,6 +171,13 @@ def test_missing_codebook_is_missed_before_the_first_step(encoder: Encoder, tmp_
         method.prepare(Crop(), 32)
 
 
+def test_weights_are_cut_off_at_one_deviation() -> None:
+    """BEiT's "trunc-normal .02" keeps nothing further out than 0.02, which leaves a deviation of 0.0108."""
+    method = make(Encoder(EncoderConfig("vit_tiny_patch16_224", 32, 8, init="beit")), BEiT.Config())
+    for weight in (method.head.weight, method.encoder.backbone.blocks[0].attn.qkv.weight):
+        assert weight.abs().max() <= 0.02 and float(weight.detach().std()) == pytest.approx(0.0108, abs=2e-4)
+
+
 def test_optimizer_and_decay(encoder: Encoder) -> None:
     """Specification B2 and E1: an absolute rate, clipping at 3, and decay for all that is not one-dimensional."""
     assert BEiT.optim.peak_lr(2048) == BEiT.optim.peak_lr(64) == 1.5e-3

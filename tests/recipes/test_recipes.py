@@ -15,6 +15,7 @@ import altsight.recipes as ready
 from altsight.core.errors import UserError
 from altsight.data.prepare import PrepareConfig
 from altsight.data.prepared import Prepared
+from altsight.data.views import NORMALIZATIONS
 from altsight.methods import METHODS, find
 from altsight.methods.base import Corpus
 from altsight.nn.encoder import Encoder
@@ -122,6 +123,20 @@ def test_values_of_the_specification() -> None:
     assert (slip.optim.weight_decay, slip.optim.min_lr, slip.train.batch) == (0.5, 1e-5, 4096)
     assert slip.optim.warmup_fraction == pytest.approx(1 / 40)
     assert recipes()["clip_b32_laion400m"].expected == {"ImageNet zero-shot": 62.96}
+    m3ae = recipe("m3ae_b16_cc12m").encoder
+    assert NORMALIZATIONS[m3ae.normalization] == ((0.5762, 0.5503, 0.5213), (0.3207, 0.3169, 0.3307))
+    assert recipe("visualgpt_b16_coco").method.language_model, "it starts from a language model"
+    assert recipe("lit_b32_cc12m").train.samples == 12_000 * 16_384
+    simclr = recipe("simclr_b16_yfcc15m").method
+    assert (simclr.hidden, simclr.out_dim, simclr.last_norm, simclr.views.colour.brightness) == (4096, 256, False, 0.4)
+    assert recipe("supervised_b16_imagenet").optim.ema == 0.9999
+
+
+def test_efficienttrain_plus_plus_of_200_epochs_costs_200_epochs() -> None:
+    """Specification 3.3: a stage of size B takes (E / 10) (224 / B)^2 real epochs."""
+    run = recipe("supervised_s16_imagenet_efficienttrainpp")
+    epochs = sum(20 * (224 / size) ** 2 for size in [96] * 2 + [160] * 4 + [192] * 2 + [224] * 2)
+    assert run.train.samples == pytest.approx(epochs * 1_281_167, rel=0.002)
 
 
 def test_names() -> None:
