@@ -6,6 +6,7 @@ The result is altsight/recipes/costs.toml, which `altsight recipes` reads. With 
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +57,8 @@ def main(names: list[str]) -> None:
             print(f"{group} {name}: {error}", flush=True)
             continue
         counted[same] = cost
+        # A model is part of cycles, and few objects: left to itself the collector comes too late for gigabytes.
+        gc.collect()
         keep(group, name, cost)
         print(f"{group} {name}: {cost.flops:.3g} FLOPs ({time.perf_counter() - start:.0f} s)", flush=True)
 
