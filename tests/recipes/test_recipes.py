@@ -134,7 +134,7 @@ def test_values_of_the_specification() -> None:
 
 def test_efficienttrain_plus_plus_of_200_epochs_costs_200_epochs() -> None:
     """Specification 3.3: a stage of size B takes (E / 10) (224 / B)^2 real epochs."""
-    run = recipe("supervised_s16_imagenet_efficienttrainpp")
+    run = recipe("supervised_s16_imagenet_etpp")
     epochs = sum(20 * (224 / size) ** 2 for size in [96] * 2 + [160] * 4 + [192] * 2 + [224] * 2)
     assert run.train.samples == pytest.approx(epochs * 1_281_167, rel=0.002)
 
