@@ -105,21 +105,24 @@ def probe_figure(result: StudyResult, logs: Sequence[Log]) -> Figure | None:
 def _loss_figure(name: str, logs: Sequence[Log], colour: str) -> Figure:
     traces, x = [], _axes()
     mine = [log for log in logs if log.arm == name]
+    # What no student can fall below moves while a teacher's targets change: it would hide what is learned.
+    floor = any("floor" in line for log in mine for line in log.lines)
+    above = ", above its targets' entropy" if floor else ""
     for log in mine:
         lines = _thinned([line for line in log.lines if "loss" in line])
         parts = [key for key in (lines[0] if lines else {}) if key.startswith("loss/")]
-        shown = ["loss", *parts] if len(parts) > 1 else ["loss"]
+        shown = ["loss", *parts] if len(parts) > 1 and not floor else ["loss"]
         for number, key in enumerate(shown):
             label = key.removeprefix("loss/") if number else "total"
             if len(mine) > 1:
                 label += f", seed {log.seed}"
-            trace = _trace(label, [line[key] for line in lines], colour)
+            trace = _trace(label, [line[key] - line.get("floor", 0.0) for line in lines], colour)
             trace["line"] = {"color": colour, "width": 1.8, "dash": DASHES[number % len(DASHES)]}
             trace["opacity"] = 1.0 if not number else 0.6
             traces.append(trace)
             _extend(x, lines)
     layout = _layout("loss") | {"showlegend": len(traces) > 1}
-    return Figure(f"Loss of {name}", f"Training loss of {name}.", traces, layout, x)
+    return Figure(f"Loss of {name}{above}", f"Training loss of {name}{above}.", traces, layout, x)
 
 
 def _trace(name: str, y: list[float], colour: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from altsight.study.page import Section, axis_choice, bullets, facts, page, plot
 from altsight.study.pictures import reconstructions, retrieval
 from altsight.study.plan import SAMPLES, Plan, sources
 from altsight.study.result import StudyResult
-from altsight.study.verdict import budget_words, verdict
+from altsight.study.verdict import budget_words, verdict, who
 from altsight.study.wording import amount, duration, evaluator, listed, metric, setting
 
 FILE = "report.html"
@@ -65,7 +65,7 @@ def render(result: StudyResult, logs: Sequence[Log], gallery: Gallery) -> str:
     ]
     plan = result.plan
     seeds = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
-    subtitle = f"Like-for-like study of {listed(plan.methods)}; {budget_words(result)} per arm; {seeds}"
+    subtitle = f"Like-for-like study of {who(result)}; {budget_words(result)} per arm; {seeds}"
     return page(plan.name, subtitle, sections, f"Altsight {result.versions.get('altsight', '')}")
 
 

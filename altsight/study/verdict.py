@@ -8,6 +8,9 @@ from altsight.study.compare import Cell, Column, Table, clearly_better
 from altsight.study.result import UNTRAINED, StudyResult
 from altsight.study.wording import amount, flops, listed
 
+FEW = 6
+"""So many methods are named one by one; more are counted."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -38,10 +41,15 @@ def budget_words(result: StudyResult) -> str:
     return flops(budget.flops) if budget.kind == "flops" else f"{budget.minutes:g} minutes"
 
 
+def who(result: StudyResult) -> str:
+    """Return the methods' names, or how many they are."""
+    methods = result.plan.methods
+    return listed(methods) if len(methods) <= FEW else f"{len(methods)} methods"
+
+
 def _trained(result: StudyResult) -> str:
     encoder = next((arm.summary.parameters["encoder"] for arm in result.arms if arm.summary), 0)
-    names = listed(result.plan.methods)
-    return f"{names} trained the same encoder ({amount(encoder)} parameters) for {budget_words(result)} each."
+    return f"{who(result)} trained the same encoder ({amount(encoder)} parameters) for {budget_words(result)} each."
 
 
 def _winners(table: Table, contested: list[Column]) -> str:
@@ -66,8 +74,14 @@ def _winners(table: Table, contested: list[Column]) -> str:
 def _winner(table: Table, column: Column) -> str:
     best = table.best(column)
     text = f"{column}: {best} {_value(table.cells[best, column])}"
-    tied = [f"{name} {_value(table.cells[name, column])}" for name in table.tied(column)]
-    return f"{text}, not separable at 95 % from {listed(tied)}." if tied else f"{text}."
+    tied = sorted(table.tied(column), key=lambda name: -(table.cells[name, column].value or 0.0))
+    if not tied:
+        return f"{text}."
+    named = tied if len(tied) <= FEW else tied[: FEW // 2]
+    words = [f"{name} {_value(table.cells[name, column])}" for name in named]
+    if len(named) < len(tied):
+        words.append(f"{len(tied) - len(named)} more")
+    return f"{text}, not separable at 95 % from {listed(words)}."
 
 
 def _alone(result: StudyResult, table: Table) -> list[str]:
@@ -100,8 +114,20 @@ def _against_untrained(result: StudyResult, table: Table) -> str:
             "No method is clearly better than the untrained encoder in any comparison; it takes a larger budget or "
             "harder tasks to tell them apart."
         )
+    if len(failed) > FEW:
+        return _better_by_column(columns, failed)
     parts = [f"{name} ({listed([str(c) for c in missed])})" for name, missed in failed.items() if missed]
     return f"Not clearly better than the untrained encoder: {listed(parts)}."
+
+
+def _better_by_column(columns: list[Column], failed: dict[str, list[Column]]) -> str:
+    """Name for each comparison the methods that are clearly better than the untrained encoder: they are the fewer."""
+    parts = []
+    for column in columns:
+        better = [name for name, missed in failed.items() if column not in missed]
+        names = listed(better) if len(better) <= FEW else f"{len(better)} of {len(failed)} methods"
+        parts.append(f"{names or 'no method'} in {column}")
+    return f"Clearly better than the untrained encoder: {'; '.join(parts)}."
 
 
 def _against_commonest(result: StudyResult, table: Table) -> str:

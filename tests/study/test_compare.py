@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from altsight.evals.base import Result
+from altsight.methods import METHODS
 from altsight.study.compare import Column, clearly_better, tabulate
 from altsight.study.table import print_table
 from altsight.study.verdict import verdict
@@ -121,6 +122,21 @@ def test_the_verdict_says_when_nothing_can_be_told_apart() -> None:
     assert "No method is clearly better than the untrained encoder in any comparison" in said.summary
     assert "commonest class in k-NN top-1 on pets (60.0 %)" in said.summary
     assert "not separable at 95 % from mae 50.0 %" in said.columns[0]
+
+
+def test_the_verdict_on_many_methods_counts_them() -> None:
+    of = plan(methods=tuple(name for name in METHODS if name != "supervised"))
+    right = {name: 100 for name in of.methods} | {"clip": 250, "slip": 245, "untrained": 100}
+    names = ("untrained", *of.methods)
+    found = study(*(arm(n, (accuracy(hits(right[n], i)),), of=of) for i, n in enumerate(names)), of=of)
+    said = verdict(found, tabulate(found))
+    assert said.summary.startswith(f"{len(of.methods)} methods trained the same encoder")
+    assert "Clearly better than the untrained encoder: clip and slip in k-NN top-1 on pets." in said.summary
+    assert said.columns[0].endswith("not separable at 95 % from slip 61.3 % (56.5 to 66.0).")
+    level = {n: 200 for n in of.methods}
+    same = study(*(arm(n, (accuracy(hits(level[n], 3 * i)),), of=of) for i, n in enumerate(of.methods)), of=of)
+    (one,) = verdict(same, tabulate(same)).columns
+    assert one.endswith(f"and {len(of.methods) - 4} more.") and len(one) < 300
 
 
 def test_the_console_table_fits_110_columns() -> None:

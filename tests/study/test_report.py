@@ -184,6 +184,13 @@ def test_a_flat_probe_gets_no_stretched_axis() -> None:
     assert high - low >= 10
 
 
+def test_a_loss_with_a_floor_is_shown_above_it() -> None:
+    lines = tuple({"samples": 64.0 * i, "flops": 1.0 * i, "loss": 3.0 + i, "floor": 2.5 + i} for i in range(1, 9))
+    figure = loss_figures(made_study(), [Log("mae", 0, lines)])[0]
+    assert figure.title == "Loss of mae, above its targets' entropy"
+    assert figure.traces[0]["y"] == [0.5] * 8
+
+
 def test_long_logs_are_thinned_and_keep_their_end() -> None:
     lines = tuple({"samples": float(i), "flops": float(i), "loss": float(i)} for i in range(1, 5001))
     figure = loss_figures(made_study(), [Log("mae", 0, lines)])[0]
