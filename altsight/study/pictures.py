@@ -10,22 +10,23 @@ from altsight.study.page import wide
 
 
 def reconstructions(gallery: Gallery) -> str:
-    """Return held-out images, what each method saw of them, and what it made of it."""
-    if not gallery.rebuilt:
-        return "<p>None of the methods reconstructs images.</p>"
+    """Return held-out images, what each method saw of them, and what it made of it: a picture, a caption, or both."""
+    if not (gallery.rebuilt or gallery.captions):
+        return "<p>None of the methods reconstructs images or writes captions.</p>"
     rows = [_picture_row("held-out image", [image.picture for image in gallery.images], "held-out image")]
     truth = [image.captions[0] if image.captions else "" for image in gallery.images]
     rows.append(_text_row("true caption", truth))
-    for name, rebuilt in gallery.rebuilt.items():
-        rows.append(_picture_row(f"{name} sees", [r.masked for r in rebuilt], f"what {name} sees of image"))
-        made = [r.reconstruction for r in rebuilt]
-        rows.append(_picture_row(f"{name} rebuilds", made, f"what {name} rebuilds of image"))
+    for name in dict.fromkeys([*gallery.rebuilt, *gallery.captions]):
+        if rebuilt := gallery.rebuilt.get(name):
+            rows.append(_picture_row(f"{name} sees", [r.masked for r in rebuilt], f"what {name} sees of image"))
+            made = [r.reconstruction for r in rebuilt]
+            rows.append(_picture_row(f"{name} rebuilds", made, f"what {name} rebuilds of image"))
         if name in gallery.captions:
             rows.append(_text_row(f"{name} says", gallery.captions[name]))
     words = (
         f"Test images of {escape(gallery.task)} at even distances, not chosen by hand. Grey patches are hidden from "
-        "the method, and captions are written from the visible patches alone. Where a patch is predicted without its "
-        "mean and contrast, these two come from the image."
+        "the method, and its captions are written from the visible patches alone; a method without them sees the whole "
+        "image. Where a patch is predicted without its mean and contrast, these two come from the image."
     )
     table = f'<table class="pictures"><tbody>{"".join(rows)}</tbody></table>'
     return f"<p>{words}</p>{wide(table, 'Reconstructions')}"

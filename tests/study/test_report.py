@@ -87,7 +87,7 @@ def gallery() -> Gallery:
         task="pets",
         images=(HeldOut(one, ("a <b>cat</b>",)),),
         rebuilt={"mae": (Rebuilt(one, one),), "mug": (Rebuilt(one, one),)},
-        captions={"mug": ("a dog & more",)},
+        captions={"mug": ("a dog & more",), "coca": ("a written caption",)},
         by_text={"clip": (TextQuery("a cat", ((one, "a cat", True), (one, "a dog", False))),)},
         by_image={"clip": (ImageQuery(one, ("a cat",), (("a cat", True), ("a dog", False))),)},
     )
@@ -143,6 +143,10 @@ def test_names_ties_reasons_and_references(page: Page, html: str) -> None:
     assert "supervised reference" in page.text
     assert "mae: collapsed: all images get nearly the same features." in page.text
     assert "altsight study plan.toml" in page.text
+
+
+def test_captions_of_methods_that_rebuild_nothing_are_shown(page: Page) -> None:
+    assert "coca says" in page.text and "a written caption" in page.text and "coca sees" not in page.text
 
 
 def test_escapes_captions(html: str) -> None:
