@@ -12,7 +12,7 @@ from typing import Any
 from altsight.methods import find
 from altsight.study.records import ABSENT, Fact, Measure, facts_of, measures_of, of_result
 from altsight.study.result import Arm, StudyResult
-from altsight.study.wording import amount, flat, flops, listed, setting
+from altsight.study.wording import FEW, amount, flat, flops, listed, setting
 from altsight.train.state import Summary
 
 _PER_RUN = {"name", "train.samples", "train.seed", "train.probe_every"}
@@ -158,7 +158,9 @@ class _Sentences:
             own = [f"{name.replace('_', ' ')} {amount(n)}" for name, n in arm.modules.items() if name != "encoder"]
             besides = sum(n for name, n in arm.modules.items() if name != "encoder")
             parts[arm.name] = f"{amount(besides)} ({listed(own)})" if own else "nothing"
-        if len(set(parts.values())) > 1:
+        if len(parts) > FEW:
+            self._many_parameters()
+        elif len(set(parts.values())) > 1:
             encoder = amount(self.trained[0][1].parameters["encoder"])
             self.differences.append(
                 f"Besides the encoder ({encoder} parameters), methods train parts of their own: "
@@ -166,17 +168,36 @@ class _Sentences:
                 "text tower where images and texts are matched."
             )
 
+    def _many_parameters(self) -> None:
+        besides = {arm.name: sum(n for name, n in arm.modules.items() if name != "encoder") for arm, _ in self.trained}
+        least, most = (pick(besides, key=lambda name: besides[name]) for pick in (min, max))
+        encoder = amount(self.trained[0][1].parameters["encoder"])
+        self.differences.append(
+            f"Besides the encoder ({encoder} parameters), methods train parts of their own, from {least} "
+            f"{amount(besides[least])} to {most} {amount(besides[most])}; the records below have all. Only the encoder "
+            "is compared, and the text tower where images and texts are matched."
+        )
+
     def _cost(self) -> None:
         per_sample = {arm.name: summary.flops / max(summary.samples_seen, 1) for arm, summary in self.trained}
         if len({flops(x) for x in per_sample.values()}) < 2:
             return
         least = min(per_sample.values())
-        times = {name: "" if x == least else f" ({x / least:.1f} times the least)" for name, x in per_sample.items()}
-        costs = [f"{name} {flops(x)}{times[name]}" for name, x in per_sample.items()]
+        shown = per_sample
+        if len(per_sample) > FEW:
+            ranked = sorted(per_sample, key=lambda name: per_sample[name])
+            shown = {name: per_sample[name] for name in (ranked[0], ranked[len(ranked) // 2], ranked[-1])}
+        times = {name: "" if x == least else f" ({x / least:.1f} times the least)" for name, x in shown.items()}
+        costs = [f"{name} {flops(x)}{times[name]}" for name, x in shown.items()]
         text = f"Forward and backward of one sample cost {listed(costs)}"
+        if len(shown) < len(per_sample):
+            text += ", the least, the middle and the most; the records below have all"
         masked = [name for name in per_sample if find(self.result.plan.method_of(name)).masked]
         if masked:
-            text += f"; {listed(masked)} encode{'s' if len(masked) == 1 else ''} only the visible patches of an image"
+            text += (
+                f"; {listed(masked)} hide{'s' if len(masked) == 1 else ''} patches of an image from the encoder, which "
+                "costs less unless mask tokens take their places"
+            )
         self.differences.append(f"{text}.")
 
     def _settings(self) -> None:
@@ -221,7 +242,15 @@ class _Sentences:
 
 
 def _each(values: dict[str, str]) -> str:
-    return listed([f"{name} {value}" for name, value in values.items()])
+    """Return what every arm has; of many arms those that have the same together, and the commonest last."""
+    by_value: dict[str, list[str]] = {}
+    for name, value in values.items():
+        by_value.setdefault(value, []).append(name)
+    commonest = max(by_value, key=lambda value: len(by_value[value]))
+    if len(values) <= FEW or len(by_value[commonest]) == 1:
+        return listed([f"{name} {value}" for name, value in values.items()])
+    rarer = [f"{listed(names)} {value}" for value, names in by_value.items() if value != commonest]
+    return "; ".join([*rarer, f"the other {len(by_value[commonest])} {commonest}"])
 
 
 def _settings_of(keys: Sequence[str], runs: dict[str, dict[str, Any]]) -> str:

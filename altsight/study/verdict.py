@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 from altsight.study.compare import Cell, Column, Table, clearly_better
 from altsight.study.result import UNTRAINED, StudyResult
-from altsight.study.wording import amount, flops, listed
-
-FEW = 6
-"""So many methods are named one by one; more are counted."""
+from altsight.study.wording import FEW, amount, flops, listed
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ _COUNTS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 _EVALUATORS = {"knn": "k-NN", "linear": "linear probe", "zeroshot": "zero-shot"}
 
 
+FEW = 6
+"""So many arms are named one by one; of more it is told what they have in common."""
+
+
 def evaluator(name: str) -> str:
     """Return the evaluator's name as people write it: zero-shot."""
     return _EVALUATORS.get(name, name)

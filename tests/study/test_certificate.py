@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from altsight.methods import METHODS
 from altsight.study.certificate import Certificate, certify
 from altsight.study.plan import Budget
 from altsight.study.records import ABSENT
@@ -98,7 +99,7 @@ def test_a_budget_in_flops_says_why_the_samples_differ() -> None:
     said = text(made.differences)
     assert "budget is 6.40 GFLOPs" in said and "mae 640 and clip 320" in said
     assert "mae 10.0 MFLOPs and clip 20.0 MFLOPs (2.0 times the least)" in said
-    assert "mae encodes only the visible patches" in said
+    assert "mae hides patches of an image from the encoder" in said
     assert not made.unexplained
 
 
@@ -124,3 +125,13 @@ def test_variants_and_pairs_are_said() -> None:
     said = text(made.differences)
     assert "one method under several settings: clip_hot is clip" in said
     assert "Of each document clip_hot sees one image with its sentence" in said
+
+
+def test_many_arms_are_told_together() -> None:
+    of = plan(methods=tuple(name for name in METHODS if name != "supervised"))
+    arms = [arm(n, (accuracy(hits(200)),), of=of, flops=640e6 * (i + 1)) for i, n in enumerate(of.arms)]
+    said = text(certify(study(*arms, of=of)).differences)
+    assert "clip 2.00 MFLOPs (2.0 times the least)" not in said
+    assert f"mae 1.00 MFLOPs, virtex 13.0 MFLOPs (13.0 times the least) and supervised {len(arms)}.0 MFLOPs" in said
+    assert "the records below have all" in said
+    assert "dino, ibot and dinov2 0.4; the other" in said
