@@ -98,6 +98,10 @@ class CaptionDecoderConfig:
     """Cross-attentions in a multimodal layer. [unconfirmed]: at least two are named by the demo."""
     self_attention_in_multimodal: bool = False
     """CoCa's causal self-attention before the cross-attentions. [unconfirmed]: Algorithm 1 names none."""
+    feed_forward_in_multimodal: bool = True
+    """SwiGLU beside every cross-attention. [unconfirmed]: optional in CoCa's block."""
+    norm_image: bool = False
+    """Layer norm of the image tokens before keys and values. [unconfirmed]: likewise."""
     tie_embeddings: bool = True
     """Token embedding and output map share their weight. [unconfirmed]: CoCa ties them."""
     length: int = 40
@@ -165,20 +169,24 @@ class _CrossLayer(nn.Module):
     def __init__(self, config: CaptionDecoderConfig, width: int, latent_width: int) -> None:
         super().__init__()
         self.heads, self.head_dim = config.heads, config.head_dim
-        inner, hidden = config.heads * config.head_dim, config.ff_mult * width
+        inner = config.heads * config.head_dim
+        hidden = config.ff_mult * width if config.feed_forward_in_multimodal else 0
         self.norm = LayerNorm(width, bias=False)
+        self.image_norm = LayerNorm(latent_width, bias=False) if config.norm_image else None
         self.fused = nn.Linear(width, inner + 2 * hidden, bias=False)
         self.key_value = nn.Linear(latent_width, 2 * config.head_dim, bias=False)
         self.attention_out = nn.Linear(inner, width, bias=False)
-        self.feed_forward_out = nn.Linear(hidden, width, bias=False)
+        self.feed_forward_out = nn.Linear(hidden, width, bias=False) if hidden else None
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
         inner = self.heads * self.head_dim
         fused = self.fused(self.norm(x))
         q, ff = fused[..., :inner], fused[..., inner:]
+        latent = latent if self.image_norm is None else self.image_norm(latent)
         k, v = self.key_value(latent).unsqueeze(1).chunk(2, dim=-1)
         attended = _attend(q.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2), k, v, causal=False)
-        return self.attention_out(attended) + self.feed_forward_out(_swiglu(ff))
+        out: Tensor = self.attention_out(attended)
+        return out if self.feed_forward_out is None else out + self.feed_forward_out(_swiglu(ff))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

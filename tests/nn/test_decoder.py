@@ -157,10 +157,13 @@ def slow_decoder(state: dict[str, Any], kinds: str, heads: int, dim: int, ids: l
             k, v, rest = slow_rotary(rest[:, :dim]), rest[:, dim : 2 * dim], rest[:, 2 * dim :]
             queries = [slow_rotary(q) for q in queries]
         else:
-            k, v = np.split(latent @ w[layer + "key_value.weight"].T, 2, axis=1)
+            gain = w.get(layer + "image_norm.weight")
+            image = latent if gain is None else slow_norm(latent, gain)
+            k, v = np.split(image @ w[layer + "key_value.weight"].T, 2, axis=1)
         attended = np.concatenate([slow_attention(q, k, v, kind == "s") for q in queries], axis=1)
         x = x + attended @ w[layer + "attention_out.weight"].T
-        x = x + slow_swiglu(rest) @ w[layer + "feed_forward_out.weight"].T
+        if layer + "feed_forward_out.weight" in w:
+            x = x + slow_swiglu(rest) @ w[layer + "feed_forward_out.weight"].T
     return slow_norm(x, w["norm.weight"]) @ w.get("head.weight", w["embedding.weight"]).T
 
 
@@ -170,6 +173,8 @@ def slow_decoder(state: dict[str, Any], kinds: str, heads: int, dim: int, ids: l
         (SMALL, "scc"),
         (dataclasses.replace(SMALL, self_attention_in_multimodal=True, cross_attentions=1), "ssc"),
         (dataclasses.replace(SMALL, tie_embeddings=False, unimodal_layers=2), "sscc"),
+        (dataclasses.replace(SMALL, feed_forward_in_multimodal=False), "scc"),
+        (dataclasses.replace(SMALL, norm_image=True), "scc"),
     ],
 )
 def test_caption_decoder_equals_reference(config: CaptionDecoderConfig, kinds: str) -> None:
