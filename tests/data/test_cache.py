@@ -301,9 +301,8 @@ def test_a_kill_in_the_middle_of_a_fetch(tmp_path: Path) -> None:
 
 def test_kills_at_any_moment_leave_only_whole_blocks(tmp_path: Path) -> None:
     cache, fetched = Cache(tmp_path / "c", 20_000), tmp_path / "fetched"
-    rng, end = random.Random(0), time.monotonic() + 2
-    kills = 0
-    while time.monotonic() < end:
+    rng = random.Random(0)
+    for _ in range(20):
         victims = [FORK.Process(target=_hammer, args=(cache, rng.random(), 60, 60.0, fetched)) for _ in range(3)]
         for victim in victims:
             victim.start()
@@ -311,8 +310,6 @@ def test_kills_at_any_moment_leave_only_whole_blocks(tmp_path: Path) -> None:
         for victim in victims:
             victim.kill()
             victim.join()
-            kills += 1
-    assert kills > 20
     assert held(cache.folder) <= cache.limit
     _hammer(cache, 1, 60, 0.3, fetched)  # every block that is left is whole, and nothing is locked
     for i in range(60):
