@@ -13,17 +13,20 @@ from importlib import import_module
 from altsight.core.errors import UserError, did_you_mean
 
 COMMANDS = {
-    "demo": ("study", "the like-for-like study on the embedded sample data, with a report"),
-    "prepare": ("data", "index a corpus of images and text: offsets, statistics, tokenizer"),
-    "mix": ("data", "draw from several prepared corpora by weight"),
-    "check": ("data", "report on prepared data before a run"),
-    "codebook": ("data", "make the visual words that beit and splitmask predict, from a corpus"),
-    "pretrain": ("pretrain", "train one method on prepared data"),
-    "eval": ("study", "evaluate trained runs"),
-    "study": ("study", "compare methods like for like, as a plan says"),
-    "recipes": ("study", "the ready runs and studies: what they cost, what their sources found, where their data are"),
+    "demo": ("study:demo", "the like-for-like study on the embedded sample data, with a report"),
+    "prepare": ("data:prepare", "index a corpus of images and text: offsets, statistics, tokenizer"),
+    "mix": ("data:mix", "draw from several prepared corpora by weight"),
+    "check": ("data:check", "report on prepared data before a run"),
+    "codebook": ("data:codebook", "make the visual words that beit and splitmask predict, from a corpus"),
+    "pretrain": ("pretrain:pretrain", "train one method on prepared data"),
+    "eval": ("study:evaluate_runs", "evaluate trained runs"),
+    "study": ("study:study", "compare methods like for like, as a plan says"),
+    "recipes": (
+        "study:recipes",
+        "the ready runs and studies: what they cost, what their sources found, where their data are",
+    ),
 }
-"""Name -> the module in `altsight.commands` with a function of that name ("eval" is `evaluate_runs`); what it does."""
+"""Name -> "module:function" in `altsight.commands`, and what it does."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,9 +47,8 @@ def run(argv: list[str]) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise UserError(f"there is no command '{argv[0]}'.{did_you_mean(argv[0], COMMANDS)}")
-        function = "evaluate_runs" if argv[0] == "eval" else argv[0]
-        module = import_module(f"altsight.commands.{COMMANDS[argv[0]][0]}")
-        command: Callable[[list[str]], int] = getattr(module, function)
+        module, _, function = COMMANDS[argv[0]][0].partition(":")
+        command: Callable[[list[str]], int] = getattr(import_module(f"altsight.commands.{module}"), function)
         return command(argv[1:])
     except UserError as error:
         print(f"altsight: {error}", file=sys.stderr)

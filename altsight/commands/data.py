@@ -37,7 +37,7 @@ def prepare(argv: Sequence[str]) -> int:
     options = replace(options, source=locate(options.source), images=locate(options.images))
     try:
         with progress_bar() as bar:
-            prepared = prepare_data(options, lambda what, done, total: draw(bar, what, done, total))
+            prepared = prepare_data(options, partial(draw, bar))
     except KeyboardInterrupt:
         print("altsight: stopped; run the same command again to go on with the shards that are left.", file=sys.stderr)
         return 130
@@ -50,7 +50,7 @@ def mix(argv: Sequence[str]) -> int:
     about = "Make one data set of several prepared ones, from which a run draws by weight."
     options = tyro.cli(MixConfig, args=argv, prog="altsight mix", description=about)
     with progress_bar() as bar:
-        prepared = mix_data(options, lambda what, done, total: draw(bar, what, done, total))
+        prepared = mix_data(options, partial(draw, bar))
     _say_prepared(prepared)
     return 0
 

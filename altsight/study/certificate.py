@@ -153,29 +153,22 @@ class _Sentences:
         )
 
     def _parameters(self) -> None:
-        parts = {}
-        for arm, _ in self.trained:
-            own = [f"{name.replace('_', ' ')} {amount(n)}" for name, n in arm.modules.items() if name != "encoder"]
-            besides = sum(n for name, n in arm.modules.items() if name != "encoder")
-            parts[arm.name] = f"{amount(besides)} ({listed(own)})" if own else "nothing"
-        if len(parts) > FEW:
-            self._many_parameters()
-        elif len(set(parts.values())) > 1:
-            encoder = amount(self.trained[0][1].parameters["encoder"])
-            self.differences.append(
-                f"Besides the encoder ({encoder} parameters), methods train parts of their own: "
-                f"{listed([f'{name} {part}' for name, part in parts.items()])}. Only the encoder is compared, and the "
-                "text tower where images and texts are matched."
+        own = {arm.name: {n: size for n, size in arm.modules.items() if n != "encoder"} for arm, _ in self.trained}
+        besides = {name: sum(parts.values()) for name, parts in own.items()}
+        if len({_parts_of(parts) for parts in own.values()}) < 2:
+            return
+        if len(own) > FEW:
+            least, most = min(besides, key=besides.__getitem__), max(besides, key=besides.__getitem__)
+            said = (
+                f", from {least} {amount(besides[least])} to {most} {amount(besides[most])}; the records below have all"
             )
-
-    def _many_parameters(self) -> None:
-        besides = {arm.name: sum(n for name, n in arm.modules.items() if name != "encoder") for arm, _ in self.trained}
-        least, most = (pick(besides, key=lambda name: besides[name]) for pick in (min, max))
+        else:
+            shown = [f"{name} {_parts_of(parts)}" for name, parts in own.items()]
+            said = f": {listed(shown)}"
         encoder = amount(self.trained[0][1].parameters["encoder"])
         self.differences.append(
-            f"Besides the encoder ({encoder} parameters), methods train parts of their own, from {least} "
-            f"{amount(besides[least])} to {most} {amount(besides[most])}; the records below have all. Only the encoder "
-            "is compared, and the text tower where images and texts are matched."
+            f"Besides the encoder ({encoder} parameters), methods train parts of their own{said}. Only the encoder is "
+            "compared, and the text tower where images and texts are matched."
         )
 
     def _cost(self) -> None:
@@ -251,6 +244,11 @@ def _each(values: dict[str, str]) -> str:
         return listed([f"{name} {value}" for name, value in values.items()])
     rarer = [f"{listed(names)} {value}" for value, names in by_value.items() if value != commonest]
     return "; ".join([*rarer, f"the other {len(by_value[commonest])} {commonest}"])
+
+
+def _parts_of(sizes: dict[str, int]) -> str:
+    parts = [f"{name.replace('_', ' ')} {amount(size)}" for name, size in sizes.items()]
+    return f"{amount(sum(sizes.values()))} ({listed(parts)})" if parts else "nothing"
 
 
 def _settings_of(keys: Sequence[str], runs: dict[str, dict[str, Any]]) -> str:

@@ -8,11 +8,7 @@ from typing import Any
 
 _FLOPS = ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
 _COUNTS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
-
-
 _EVALUATORS = {"knn": "k-NN", "linear": "linear probe", "zeroshot": "zero-shot"}
-
-
 FEW = 6
 """So many arms are named one by one; of more it is told what they have in common."""
 
