@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         recipe,
         sample_tasks,
         study,
+        transfer,
     )
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "recipe",
     "sample_tasks",
     "study",
+    "transfer",
 ]
 
 

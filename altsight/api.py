@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from altsight.core.errors import UserError, did_you_mean
 from altsight.data.mix import MixConfig
 from altsight.data.mix import mix as _mix
 from altsight.data.prepare import PrepareConfig
 from altsight.data.prepare import prepare as _prepare
 from altsight.data.prepared import Prepared, open_prepared
 from altsight.evals import evaluate as evaluate
-from altsight.evals.base import Task
+from altsight.evals.base import Result, Task
 from altsight.evals.base import View as View
-from altsight.evals.load import load_view
+from altsight.evals.load import load_view as load_run
+from altsight.hub.load import load_view
 from altsight.recipes import recipe as recipe
 from altsight.recipes import sample_tasks as sample_tasks
 from altsight.study.plan import Plan, locate, read_plan
@@ -23,6 +26,7 @@ from altsight.study.run import study as _study
 from altsight.train.loop import pretrain as _pretrain
 from altsight.train.run import Run as Run
 from altsight.train.run import override as override
+from altsight.transfer import find as find_transfer
 
 
 def prepare(
@@ -70,16 +74,30 @@ def pretrain(run: Run[Any], out: str | Path = "", probe: Task | None = None) -> 
     directory = Path(out or f"runs/{run.name}")
     online = online_probe(run.train, run.name, probe) if probe else None
     _pretrain(run, open_prepared(Path(run.data.path)), directory, online)
-    return load_view(directory)
+    return load_run(directory)
 
 
 def load(path: str | Path) -> View:
-    """Return the View of the run in the folder `path`: `encode_image`, `encode_text`, `features`.
+    """Return the View of a run's folder, or of anyone's weights: `encode_image`, `encode_text`, `features`.
 
     Raises:
-        UserError: the folder holds no run, or the run has no checkpoint yet.
+        UserError: there are no weights, none that are known, or the run has no checkpoint yet.
     """
-    return load_view(Path(path))
+    return load_view(str(path))
+
+
+def transfer(name: str, view: View, out: str | Path, **settings: Any) -> list[Result]:
+    """Put `view` to use on a task, into the folder `out`; `altsight transfer` lists the names and their settings.
+
+    Raises:
+        UserError: there is no such transfer or setting, or it cannot be done as asked.
+    """
+    kind = find_transfer(name)
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    for setting in settings:
+        if setting not in known:
+            raise UserError(f"the transfer '{name}' has no setting '{setting}'.{did_you_mean(setting, known)}")
+    return kind(**settings)(view, Path(out))
 
 
 def study(plan: Plan | str | Path, out: str | Path) -> StudyResult:

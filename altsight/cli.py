@@ -19,7 +19,8 @@ COMMANDS = {
     "check": ("data:check", "report on prepared data before a run"),
     "codebook": ("data:codebook", "make the visual words that beit and splitmask predict, from a corpus"),
     "pretrain": ("pretrain:pretrain", "train one method on prepared data"),
-    "eval": ("study:evaluate_runs", "evaluate trained runs"),
+    "eval": ("study:evaluate_runs", "evaluate trained runs, or anyone's weights"),
+    "transfer": ("transfer:transfer", "put weights to use: fine-tuning, segmentation, detection, captions, video, ..."),
     "study": ("study:study", "compare methods like for like, as a plan says"),
     "recipes": (
         "study:recipes",

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "altsight"
-FLOORS = ["core", "data", "nn", "losses", "methods", "train", "evals", "study", "recipes", "api", "commands", "cli"]
+FLOORS = [
+    *("core", "data", "nn", "losses", "methods", "train", "evals", "transfer", "study", "hub", "recipes", "api"),
+    *("commands", "cli"),
+]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -16,7 +16,7 @@ from altsight.commands.pretrain import stopped, tasks_of
 from altsight.core import dist
 from altsight.core.config import write_json
 from altsight.core.errors import UserError
-from altsight.evals.load import load_view
+from altsight.hub.load import load_view
 from altsight.recipes import demo_plan, study_plan
 from altsight.recipes.cost import Machine
 from altsight.recipes.show import as_json
@@ -115,10 +115,10 @@ def evaluate_runs(argv: Sequence[str]) -> int:
     found = {}
     try:
         for folder in options.runs:
-            results = evaluate_shown(load_view(folder), tasks, options.evaluators or None)
+            results = evaluate_shown(load_view(str(folder)), tasks, options.evaluators or None)
             found[str(folder)] = [asdict(r) for r in results]
         if dist.world().is_main:
-            _print_results(found)
+            print_results(found)
             if options.out is not None:
                 write_json(options.out, found)
     finally:
@@ -126,8 +126,9 @@ def evaluate_runs(argv: Sequence[str]) -> int:
     return 0
 
 
-def _print_results(found: dict[str, list[dict[str, Any]]]) -> None:
-    table = Table("run", "task", "evaluator", "metric", "value", "95 % interval", "chance", "note")
+def print_results(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Print a table of results: weights -> the fields of each `Result`."""
+    table = Table("weights", "task", "evaluator", "metric", "value", "95 % interval", "chance", "note")
     for folder, results in found.items():
         for r in results:
             value = "n/a" if r["value"] is None else f"{r['value']:.4f}"

@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from altsight.core.errors import UserError
 from altsight.data.sources import Pairs
@@ -117,7 +117,13 @@ class View:
     feature_point: FeaturePoint = "mean"
     text: TextEncoder | None = None
     embed_image: Callable[[Encoded], Tensor] | None = None
-    """Encoded images -> the joint space (B, E) of a dual encoder."""
+    """Encoded images -> the joint space (B, E) of a dual encoder: a bound method of the module with its weights."""
+    project: nn.Module | None = None
+    """Where tokens can be mapped to the joint space one by one, the map (..., D) -> (..., E)."""
+    logit_scale: float = 100.0
+    """What cosines are multiplied with before a softmax, as learned."""
+    logit_bias: float = 0.0
+    """What is then added, in a dual encoder with a sigmoid loss."""
     batch_size: int = 256
     dtype: torch.dtype = torch.float32
     """bfloat16 computes the encoder in mixed precision, as it was trained; the features are fp32 in any case."""

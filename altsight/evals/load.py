@@ -19,6 +19,7 @@ def view_of(method: Method, name: str, crop_ratio: float = 1.0) -> View:
     """Return the View of a method as it is now; the weights are shared, not copied."""
     encoder = method.evaluated
     config = encoder.config
+    scale, bias = method.similarity()
     return View(
         name=name,
         encoder=encoder,
@@ -26,6 +27,9 @@ def view_of(method: Method, name: str, crop_ratio: float = 1.0) -> View:
         feature_point=method.feature_point,
         text=method.text,
         embed_image=method.embed_image if method.text is not None else None,
+        project=method.image_projection if method.text is not None else None,
+        logit_scale=scale,
+        logit_bias=bias,
     )
 
 

@@ -87,6 +87,10 @@ class ALIGN(Method):
         """Return the preparation: one crop and the text's tokens."""
         return CLIPPrepare(crop, size, self.tokenizer, self.text.context)
 
+    def similarity(self) -> tuple[float, float]:
+        """Return the inverse temperature."""
+        return 1 / float(self.temperature), 0.0
+
     def embed(self, batch: Batch, at: Key) -> Outputs:
         """Return the un-normalised joint features of images and texts, (B, E) each."""
         encoded = self.encoder(self.encoder.normalize(batch["image"]), batch.get("visible"))

@@ -108,6 +108,11 @@ class Method(nn.Module):
         features = self.encoder.point(encoded, self.feature_point)
         return features if self.image_projection is None else self.image_projection(features)
 
+    def similarity(self) -> tuple[float, float]:
+        """Return what a dual encoder's cosines are multiplied with, and what is added, to be logits."""
+        scale = getattr(self, "logit_scale", None)
+        return (float(scale.exp()), 0.0) if isinstance(scale, Tensor) else (100.0, 0.0)
+
     def prepare(self, crop: Crop, size: int) -> Prepare:
         """Return the picklable preparation of one document for this method.
 

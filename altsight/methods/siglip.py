@@ -100,6 +100,10 @@ class SigLIP(Method):
         """Return the pooled patch tokens (B, D), un-normalised."""
         return self.pool(encoded.patches)
 
+    def similarity(self) -> tuple[float, float]:
+        """Return scale and bias of the sigmoid."""
+        return float(self.log_scale.exp()), float(self.bias)
+
     def embed(self, batch: Batch, at: Key) -> Outputs:
         """Return the un-normalised joint features of images and texts, (B, D) each."""
         encoded = self.encoder(self.encoder.normalize(batch["image"]), batch.get("visible"))

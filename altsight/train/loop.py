@@ -119,6 +119,13 @@ def pretrain(run: Run[Any], prepared: Prepared, directory: Path, probe: Probe | 
         UserError: the run cannot be done as asked, or the directory holds another run.
         Stopped: a signal asked for the end; a checkpoint was written.
     """
+    return train(run, lambda: build(run, Corpus.of(prepared)), prepared, directory, probe)
+
+
+def train(
+    run: Run[Any], make: Callable[[], Method], prepared: Prepared, directory: Path, probe: Probe | None = None
+) -> Summary:
+    """Train the method that `make` builds, as `pretrain` does; `run` says how and describes it."""
     device = pick_device(run.train.device)
     place = dist.start(device)
     claim(directory, run)
@@ -131,7 +138,7 @@ def pretrain(run: Run[Any], prepared: Prepared, directory: Path, probe: Probe | 
             "--train.samples or lower --train.batch."
         )
     dtype = pick_precision(run.train.precision, device)
-    method = build(run, Corpus.of(prepared))
+    method = make()
     check_least_batch(run, method)
     curriculum = make_curriculum(run.accelerate, method, run.name, run.steps, run.train.batch)
     if place.is_main:
@@ -213,7 +220,7 @@ def _train(
             losses = training.step(batch)
             _advance(training, batch, wait, directory, meter)
             log.advance(state.samples_seen)
-            probed = probe is not None and _crossed(state, run.train.batch, run.train.probe_every)
+            probed = probe is not None and state.crossed(run.train.batch, run.train.probe_every)
             if probed or state.step % run.train.log_every == 0 or state.samples_seen == samples:
                 last = _losses(losses, method)
                 line = _line(training, last, meter)
@@ -223,7 +230,7 @@ def _train(
                 log.write(line)
                 log.advance(state.samples_seen, f"loss {last['loss']:.3f}, data wait {line['wait_ms']:.1f} ms a step")
             stop = dist.any_rank(bool(asked))
-            if stop or state.samples_seen == samples or _crossed(state, run.train.batch, run.train.checkpoint_every):
+            if stop or state.samples_seen == samples or state.crossed(run.train.batch, run.train.checkpoint_every):
                 _save(training, directory)
             if stop and state.samples_seen < samples:
                 raise Stopped(f"stopped at {state.samples_seen:,} of {samples:,} samples; run it again to go on")
@@ -283,11 +290,6 @@ def _probe(probe: Probe, method: Method) -> dict[str, float]:
         found = probe(method)
     method.train()
     return found
-
-
-def _crossed(state: State, batch: int, every: int) -> bool:
-    """True if the step that ended at `samples_seen` passed a multiple of `every` samples."""
-    return bool(every) and state.samples_seen // every > (state.samples_seen - batch) // every
 
 
 def _save(training: _Training, directory: Path) -> None:

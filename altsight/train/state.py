@@ -34,6 +34,10 @@ class State:
     wall_seconds: float = 0.0
     wait_seconds: float = 0.0
 
+    def crossed(self, batch: int, every: int) -> bool:
+        """Return whether the step of `batch` samples that just ended passed a multiple of `every` (0: never)."""
+        return bool(every) and self.samples_seen // every > (self.samples_seen - batch) // every
+
 
 @dataclass(frozen=True)
 class Summary:

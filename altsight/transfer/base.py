@@ -1,0 +1,167 @@
+"""What transfers have in common: how long they train, the one loop that trains them, and the copied image tower."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from altsight.core.config import OptimConfig
+from altsight.core.errors import UserError
+from altsight.data.prepared import Prepared
+from altsight.data.sources import Source
+from altsight.data.views import Crop
+from altsight.evals.base import Result, View
+from altsight.methods.base import Method
+from altsight.nn.encoder import Encoded, Encoder
+from altsight.nn.resample import resized
+from altsight.train.checkpoint import load_latest
+from altsight.train.log import console
+from altsight.train.loop import Probe, train
+from altsight.train.run import DataConfig, Run, TrainConfig, pick_device
+
+Say = Callable[[str], None]
+"""Is told what is being done, a few words at a time."""
+
+
+class Transfer(Protocol):
+    """A frozen dataclass of settings, called with a view and the folder for what comes out; see `TRANSFERS`.
+
+    Returns the results. Training writes run.json, log.jsonl and checkpoints to the folder, and the same call again
+    goes on where it stopped. The view itself is left as it was.
+    """
+
+    def __call__(self, view: View, out: Path) -> list[Result]: ...
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How long and how fast a transfer trains; `epochs` and `batch` are its source's unless they are set."""
+
+    epochs: float
+    batch: int
+    micro_batch: int = 0
+    """Samples that one rank computes at a time; 0: its whole share."""
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+    compile: bool = False
+    workers: int = 1
+    """Processes that decode ahead; the samples do not depend on it."""
+    checkpoint_every: int = 50_000
+    """Samples between checkpoints; one is written at the end in any case."""
+
+    def samples(self, size: int) -> int:
+        """Return the samples seen in training on a set of `size`: whole batches, at least one."""
+        return max(round(self.epochs * size) // self.batch, 1) * self.batch
+
+
+def prepared_for(source: Source, where: Path, digest: str) -> Prepared:
+    """Return a data set that only a transfer reads, as the loop wants it; `where` is named in messages."""
+    return Prepared(where, source, digest=digest)
+
+
+def fit(
+    name: str,
+    make: Callable[[], Method],
+    settings: Any,
+    optim: OptimConfig,
+    how: FitConfig,
+    data: Prepared,
+    out: Path,
+    probe: Probe | None = None,
+) -> Method:
+    """Train what `make` builds (weights set) in the one loop, and return it with its last weights, in eval mode.
+
+    Args:
+        name: of the transfer, in run.json and in messages.
+        settings: frozen dataclass that the run is identified by: the transfer's own settings and the weights' name.
+        out: folder of the training; one that holds the same run goes on where it was, to the same bits.
+
+    Raises:
+        UserError: it cannot be done as asked, or the folder holds another run.
+        Stopped: a signal asked for the end; a checkpoint was written.
+    """
+    method = make()
+    run = Run(
+        name=name,
+        method=settings,
+        optim=optim,
+        encoder=method.encoder.config,
+        data=DataConfig(path=str(data.directory), crop=Crop(), workers=how.workers),
+        train=TrainConfig(
+            samples=how.samples(len(data.source)),
+            batch=how.batch,
+            micro_batch=how.micro_batch,
+            seed=how.seed,
+            precision=how.precision,
+            device=how.device,
+            compile=how.compile,
+            checkpoint_every=how.checkpoint_every,
+        ),
+    )
+    train(run, lambda: method, data, out, probe)
+    state = load_latest(out / "checkpoints", console.print)
+    assert state is not None, "a finished run has a checkpoint"
+    method.load_state_dict(state["ema"] or state["method"])
+    return method.to(pick_device(how.device)).eval()
+
+
+class ImageTower(nn.Module):
+    """A copy of the image side of a dual encoder's view: images -> vectors in the joint space, un-normalised.
+
+    Only what an image's vector depends on keeps its gradient: decoders, text towers and scales are frozen.
+
+    Args:
+        changes: to the encoder's config, as `resized` takes them.
+
+    Raises:
+        UserError: the view has no text tower.
+    """
+
+    def __init__(self, view: View, **changes: Any) -> None:
+        super().__init__()
+        need_text(view, "a transfer by the names of classes")
+        assert view.embed_image is not None
+        self.encoder: Encoder
+        self.embed_image = copy.deepcopy(
+            view.embed_image, {id(view.encoder): (own := resized(view.encoder, **changes))}
+        )
+        self.encoder = own
+        self.owner: nn.Module = self.embed_image.__self__  # type: ignore[attr-defined]
+        self._freeze_unused()
+
+    def forward(self, encoded: Encoded) -> Tensor:
+        """Return the vectors (B, E) of encoded images."""
+        return self.embed_image(encoded)
+
+    def _freeze_unused(self) -> None:
+        size = self.encoder.config.img_size
+        device = next(self.encoder.parameters()).device
+        with torch.enable_grad():
+            vector = self(self.encoder(torch.zeros(1, 3, size, size, device=device)))
+        wanted = [p for p in self.parameters() if p.requires_grad]
+        found = torch.autograd.grad(vector.sum(), wanted, allow_unused=True)
+        for parameter, gradient in zip(wanted, found, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+
+def need_text(view: View, what: str) -> None:
+    """Raise UserError if `view` has no text tower, which `what` needs."""
+    if not view.is_dual:
+        raise UserError(
+            f"{what} needs class names as vectors, and '{view.name}' has no text tower: use a dual encoder, such as a "
+            "run of clip or weights of OpenCLIP."
+        )
+
+
+def with_view(view: View, encoder: Encoder, **fields: Any) -> View:
+    """Return `view` with another encoder (and other `fields`), and nothing cached."""
+    preprocess = replace(view.preprocess, size=encoder.config.img_size)
+    changes: dict[str, Any] = {"encoder": encoder, "preprocess": preprocess, "cache": {}} | fields
+    return replace(view, **changes)
