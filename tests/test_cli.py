@@ -32,7 +32,7 @@ def fails(capsys: pytest.CaptureFixture[str], argv: list[str], *words: str) -> N
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for name in COMMANDS:
-        argv = [name, "clip", "--help"] if name == "pretrain" else [name, "--help"]
+        argv = [name, *{"pretrain": ["clip"], "transfer": ["finetune"]}.get(name, []), "--help"]
         with pytest.raises(SystemExit) as done:
             run(argv)
         assert done.value.code == 0

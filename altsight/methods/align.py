@@ -89,7 +89,7 @@ class ALIGN(Method):
 
     def similarity(self) -> tuple[float, float]:
         """Return the inverse temperature."""
-        return 1 / float(self.temperature), 0.0
+        return 1 / float(self.temperature.detach()), 0.0
 
     def embed(self, batch: Batch, at: Key) -> Outputs:
         """Return the un-normalised joint features of images and texts, (B, E) each."""

@@ -111,7 +111,7 @@ class Method(nn.Module):
     def similarity(self) -> tuple[float, float]:
         """Return what a dual encoder's cosines are multiplied with, and what is added, to be logits."""
         scale = getattr(self, "logit_scale", None)
-        return (float(scale.exp()), 0.0) if isinstance(scale, Tensor) else (100.0, 0.0)
+        return (float(scale.detach().exp()), 0.0) if isinstance(scale, Tensor) else (100.0, 0.0)
 
     def prepare(self, crop: Crop, size: int) -> Prepare:
         """Return the picklable preparation of one document for this method.

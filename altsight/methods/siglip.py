@@ -102,7 +102,7 @@ class SigLIP(Method):
 
     def similarity(self) -> tuple[float, float]:
         """Return scale and bias of the sigmoid."""
-        return float(self.log_scale.exp()), float(self.bias)
+        return float(self.log_scale.detach().exp()), float(self.bias.detach())
 
     def embed(self, batch: Batch, at: Key) -> Outputs:
         """Return the un-normalised joint features of images and texts, (B, D) each."""
