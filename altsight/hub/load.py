@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+from altsight.core.errors import UserError
 from altsight.evals.base import View
 from altsight.evals.load import load_view as load_run_view
+from altsight.hub.model import Model
+from altsight.hub.source import parse
+from altsight.nn.resample import resized
+from altsight.train.run import pick_device
+from altsight.transfer.base import with_view
+
+READERS: tuple[str, ...] = ()
+"""Modules of this package, asked in this order. Each has `recognises(source) -> bool` and `read(source) -> Model`."""
 
 
-def load_view(source: str, device: str = "auto") -> View:
-    """Return the View of the weights at `source`.
+def load_view(source: str, device: str = "auto", img_size: int = 0) -> View:
+    """Return the View of the weights at `source`, on the GPU where there is one.
+
+    Args:
+        source: the folder of a run; a file or folder that timm, OpenCLIP, Hugging Face or the authors of a method
+            wrote; "timm:NAME" or "timm:NAME=FILE", "open_clip:MODEL/PRETRAINED" or "hf:ORG/NAME".
+        img_size: side of the images in pixels; position tables are resampled. 0: that of the weights.
 
     Raises:
-        UserError: there are no weights, or none that are known.
+        UserError: there are no weights, none that are known, or they cannot take that size.
     """
-    return load_run_view(Path(source), device=device)
+    if is_run(source):
+        view = load_run_view(Path(source), device=device)
+        return with_view(view, resized(view.encoder, img_size=img_size)) if img_size else view
+    return load_model(source, img_size).to(pick_device(device)).view(source)
+
+
+def load_model(source: str, img_size: int = 0) -> Model:
+    """Return the Model of weights that are not a run's; see `load_view`."""
+    found = parse(source)
+    for name in READERS:
+        reader: Any = import_module(f"altsight.hub.{name}")
+        if reader.recognises(found):
+            model: Model = reader.read(found)
+            return at_size(model, img_size) if img_size else model
+    raise UserError(
+        f"the weights in '{source}' are of no kind that is known (the first are "
+        f"{', '.join(map(repr, sorted(found.weights)[:3]))}): docs/weights.md lists the kinds; for a file of timm's "
+        "weights, say timm:NAME=FILE."
+    )
+
+
+def at_size(model: Model, img_size: int) -> Model:
+    """Return `model` for images of `img_size` pixels; its other weights are untouched."""
+    model.encoder = resized(model.encoder, img_size=img_size)
+    model.preprocess = replace(model.preprocess, size=img_size)
+    return model
+
+
+def is_run(source: str) -> bool:
+    """Return whether `source` is the folder of a run of this toolkit."""
+    return (Path(source) / "run.json").is_file()
