@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from altsight.core.config import from_dict, merge, to_dict
 from altsight.core.errors import UserError, did_you_mean
+from altsight.data.samples import SAMPLES as SAMPLES
+from altsight.data.samples import check_samples
+from altsight.data.samples import locate as locate
 from altsight.methods import METHODS, find
 from altsight.nn.encoder import EncoderConfig
 from altsight.train.run import DataConfig, Run, TrainConfig, default_run
 
-SAMPLES = "samples:"
-"""Prefix of sources in the embedded sample data: `samples:clipart/train`."""
 PROBES = 8
 """Points of the online probe curve, where the plan does not set `train.probe_every`."""
 LOG_LINES = 100
@@ -127,7 +128,7 @@ class Plan:
         if (self.source is None) == (not self.data.path):
             raise UserError("data.path: give a prepared folder here, or raw shards under [source]; one of the two.")
         for word in sources(self):
-            _check_samples(word)
+            check_samples(word)
         try:
             _ = self.budget.kind
         except UserError as error:
@@ -179,23 +180,6 @@ def read_plan(path: Path, folder: Path | None = None, data: Path | None = None) 
     except UserError as error:
         raise UserError(f"'{path}', {error}") from None
     return plan
-
-
-def locate(source: str) -> str:
-    """Return the path of a source: `samples:NAME/SPLIT` and `samples:documents` are embedded sample data.
-
-    Raises:
-        UserError: there are no such sample data, or they are not installed.
-    """
-    if not source.startswith(SAMPLES):
-        return source
-    try:
-        import altsight_samples
-    except ModuleNotFoundError:
-        raise UserError(f"'{source}' needs the embedded sample data: `pip install altsight-samples`.") from None
-    _check_samples(source)
-    name, _, split = source.removeprefix(SAMPLES).partition("/")
-    return str(altsight_samples.path(name, split) if split else altsight_samples.documents())
 
 
 def _anchored(plan: Plan, folder: Path) -> Plan:
@@ -252,14 +236,3 @@ def sources(plan: Plan) -> Iterator[str]:
         yield plan.source.path
     for task in plan.tasks:
         yield from (task.train, task.val, task.test)
-
-
-def _check_samples(word: str) -> None:
-    if not word.startswith(SAMPLES):
-        return
-    import altsight_samples
-
-    known = [f"{SAMPLES}{name}/{split}" for name in altsight_samples.NAMES for split in altsight_samples.SPLITS]
-    known.append(f"{SAMPLES}documents")
-    if word not in known:
-        raise UserError(f"there is no sample data '{word}'.{did_you_mean(word, known)}")
