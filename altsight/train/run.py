@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
+from torch import nn
 from tyro.conf import Suppress
 
 from altsight.core.config import OptimConfig, from_dict, read_json, to_dict, write_json
@@ -199,10 +200,10 @@ def check_least_batch(run: Run[Any], method: Method) -> None:
         )
 
 
-def weights_hash(encoder: Encoder) -> str:
-    """Return 12 hex digits of the encoder's parameters and buffers: equal weights, equal hash."""
+def weights_hash(module: nn.Module) -> str:
+    """Return 12 hex digits of the parameters and buffers of an encoder, or of any module: equal weights, equal hash."""
     digest = hashlib.sha256()
-    for name, value in sorted(encoder.state_dict().items()):
+    for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
