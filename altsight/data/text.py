@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from altsight.core.errors import UserError
+from altsight.data.clean import TextRules, cleaner
 
 # The library's own threads would not survive the fork of the loader's workers, and it warns of them at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,14 +37,17 @@ class Tokenizer:
     pad: int
     start: int
     end: int
+    rules: TextRules = field(default_factory=TextRules)
+    """Only other people's tokenizers have rules of their own; the JSON does not keep them."""
 
     def __post_init__(self) -> None:
         # A caption that spells "<end>" is text, not a command. The JSON does not keep this switch.
-        self.model.encode_special_tokens = True
+        self.model.encode_special_tokens = self.rules.special != "anywhere"
+        cleaner(self.rules.clean)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Any, ...]]:
         # Build anew after pickling, so that the switch is set in workers too.
-        return Tokenizer, (self.model, self.pad, self.start, self.end)
+        return Tokenizer, (self.model, self.pad, self.start, self.end, self.rules)
 
     @property
     def vocab_size(self) -> int:
@@ -52,13 +56,25 @@ class Tokenizer:
 
     def count(self, text: str) -> int:
         """Return the number of ids that the whole text takes, start and end included."""
-        return len(self.model.encode(text, add_special_tokens=False).ids) + 2
+        return len(self._words(text)) + 1 + self.rules.start
 
     def encode(self, text: str, length: int) -> Tensor:
         """Return (length,) int64: start, the text's tokens, end, padding; a long text is cut and still ends in end."""
-        ids = self.model.encode(text, add_special_tokens=False).ids[: length - 2]
-        ids = [self.start, *ids, self.end]
-        return torch.tensor(ids + [self.pad] * (length - len(ids)))
+        first = [self.start] if self.rules.start else []
+        ids = [*first, *self._words(text)[: length - len(first) - 1], self.end]
+        padding = [self.pad] * (length - len(ids))
+        return torch.tensor(padding + ids if self.rules.pad_left else ids + padding)
+
+    def _words(self, text: str) -> list[int]:
+        """Return the ids of the whole text, without start and end."""
+        text = cleaner(self.rules.clean)(text)
+        special = {str(self.model.id_to_token(token)): token for token in (self.start, self.end)}
+        if self.rules.special != "words" or not any(name in text for name in special):
+            return list(self.model.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = []
+        for word, _ in self.model.pre_tokenizer.pre_tokenize_str(text):
+            ids += [special[word]] if word in special else [token.id for token in self.model.model.tokenize(word)]
+        return ids
 
     def encode_all(self, texts: Sequence[str], length: int) -> Tensor:
         """Return (n, length) int64."""
@@ -137,4 +153,4 @@ def _with_roles(model: tokenizers.Tokenizer, name: str) -> Tokenizer:
         ids[role] = known[0]
     model.no_padding()
     model.no_truncation()
-    return Tokenizer(model, **ids)
+    return Tokenizer(model, ids["pad"], ids["start"], ids["end"])
