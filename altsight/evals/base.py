@@ -124,6 +124,8 @@ class View:
     """What cosines are multiplied with before a softmax, as learned."""
     logit_bias: float = 0.0
     """What is then added, in a dual encoder with a sigmoid loss."""
+    caption: Callable[..., list[str]] | None = None
+    """Images (B, 3, size, size) uint8 -> captions, by `decoding`: where the weights have a decoder that writes."""
     batch_size: int = 256
     dtype: torch.dtype = torch.float32
     """bfloat16 computes the encoder in mixed precision, as it was trained; the features are fp32 in any case."""

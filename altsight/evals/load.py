@@ -30,6 +30,7 @@ def view_of(method: Method, name: str, crop_ratio: float = 1.0) -> View:
         project=method.image_projection if method.text is not None else None,
         logit_scale=scale,
         logit_bias=bias,
+        caption=getattr(method, "caption", None),
     )
 
 

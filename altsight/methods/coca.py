@@ -18,8 +18,8 @@ from altsight.losses.contrastive import clip_loss
 from altsight.methods.base import Corpus, Method
 from altsight.methods.clip import CLIPPrepare
 from altsight.methods.mae import inference
-from altsight.nn.caption import write
 from altsight.nn.coca import CoCaDecoderConfig, MultimodalText, UnimodalText
+from altsight.nn.decoding import GREEDY, Decoding, write
 from altsight.nn.encoder import Encoded, Encoder
 from altsight.nn.pool import AttentionPool
 
@@ -140,14 +140,16 @@ class CoCa(Method):
         """Return the inverse temperature."""
         return {"scale": self.logit_scale.exp().item()}
 
-    def caption(self, images: Tensor, max_length: int | None = None, prefix: str = "") -> list[str]:
-        """Return a greedy caption for each of `images` (B, 3, H, W) uint8, starting with `prefix`; see MUG's."""
+    def caption(
+        self, images: Tensor, max_length: int | None = None, prefix: str = "", decoding: Decoding = GREEDY
+    ) -> list[str]:
+        """Return a caption for each of `images` (B, 3, H, W) uint8, starting with `prefix`; see MUG's."""
         length = self.config.decoder.length
         with inference(self):
             tokens = self.generative(self.encoder(self.encoder.normalize(images)).patches)
 
-            def step(ids: Tensor) -> Tensor:
-                logits: Tensor = self.captions(self.text.states(ids)[:, :-1], tokens)
+            def step(ids: Tensor, rows: Tensor) -> Tensor:
+                logits: Tensor = self.captions(self.text.states(ids)[:, :-1], tokens[rows])
                 return logits[:, -1]
 
-            return write(step, self.tokenizer, images, prefix, min(max_length or length, length))
+            return write(step, self.tokenizer, images, prefix, min(max_length or length, length), decoding)

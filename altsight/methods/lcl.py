@@ -9,6 +9,7 @@ alike: they would be easy to predict then.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -24,7 +25,9 @@ from altsight.data.sequence import Markers
 from altsight.data.views import Crop
 from altsight.losses.latent import context_loss, regression_sum, text_targets
 from altsight.methods.base import Corpus, Method, Samples
+from altsight.methods.mae import inference
 from altsight.methods.sequences import SequencePrepare
+from altsight.nn.decoding import GREEDY, Decoding, write
 from altsight.nn.encoder import Encoded, Encoder
 from altsight.nn.interleaved import ContextReader, LanguageConfig, LanguageModel, NormedMap, Project
 
@@ -208,6 +211,39 @@ class LCL(Method):
     def report(self) -> dict[str, float]:
         """Return the inverse temperature, where there is one."""
         return {} if self.logit_scale is None else {"scale": self.logit_scale.exp().item()}
+
+    @property
+    def caption(self) -> Callable[..., list[str]]:
+        """The captioner; AttributeError for the objective that learns to write nothing."""
+        if self.head is None:
+            raise AttributeError(f"{self.config.objective} writes no captions")
+        return self._caption
+
+    def _caption(
+        self, images: Tensor, max_length: int | None = None, prefix: str = "", decoding: Decoding = GREEDY
+    ) -> list[str]:
+        """Return a caption for each of `images` (B, 3, H, W) uint8, starting with `prefix`; see MUG's.
+
+        The text follows the picture, as in pairs whose picture stands first: without a start token.
+        """
+        head, marks = self.head, self.markers
+        assert head is not None
+        with inference(self):
+            latents = self.project(self.encoder(self.encoder.normalize(images)).patches)[0]
+            edges = torch.tensor([marks.start_of_image, marks.end_of_image], device=images.device)
+            first, last = self.language.token_embedding(edges).expand(len(images), 2, -1).split(1, dim=1)
+            picture = torch.cat([first, latents.to(first.dtype), last], dim=1)
+
+            def step(ids: Tensor, rows: Tensor) -> Tensor:
+                words = self.language.token_embedding(ids[:, 1:])
+                states = self.language(torch.cat([picture[rows], words], dim=1))
+                # Marks of pictures are no text.
+                return head(states[:, -1])[:, : self.tokenizer.vocab_size]
+
+            # Without the start token one more id fits than the sequence has.
+            room = self.config.sequence - picture.shape[1] + 1
+            longest = min(max_length or self.config.context, room)
+            return write(step, self.tokenizer, images, prefix, longest, decoding)
 
     def _encode(self, batch: Batch) -> Encoded:
         """Encode the pictures of all samples, one after the other, without the padding behind them."""

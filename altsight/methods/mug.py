@@ -19,8 +19,8 @@ from altsight.data.views import Crop
 from altsight.losses.captioning import next_token_ce_sum, target_count
 from altsight.methods.base import Corpus, Method
 from altsight.methods.mae import MAEPrepare, MaskedPixels, inference
-from altsight.nn.caption import write
 from altsight.nn.decoder import CaptionDecoder, CaptionDecoderConfig, PixelDecoderConfig
+from altsight.nn.decoding import GREEDY, Decoding, write
 from altsight.nn.encoder import Encoder
 
 
@@ -112,17 +112,28 @@ class MUG(Method):
             return self.pixels.reconstruct(self.encoder(images, batch["keep"]).tokens, batch["keep"], images)
 
     def caption(
-        self, images: Tensor, keep: Tensor | None = None, max_length: int | None = None, prefix: str = "a"
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        max_length: int | None = None,
+        prefix: str = "a",
+        decoding: Decoding = GREEDY,
     ) -> list[str]:
-        """Return a greedy caption for each of `images` (B, 3, H, W) uint8, starting with `prefix`.
+        """Return a caption for each of `images` (B, 3, H, W) uint8, starting with `prefix`.
 
         Args:
             images: at the encoder's size.
             keep: (B, K) visible patches, to caption from a masked image as in training; None: all of them.
             max_length: longest caption in tokens, start and end included; None: that of training.
             prefix: first words. Web captions start in many ways, and a lone start token chooses none of them well.
+            decoding: how tokens are chosen.
         """
         with inference(self):
             latent = self.encoder(self.encoder.normalize(images), keep).tokens
             length = max_length or self.config.captions.length
-            return write(lambda ids: self.captions(ids, latent)[:, -1], self.tokenizer, images, prefix, length)
+
+            def step(ids: Tensor, rows: Tensor) -> Tensor:
+                logits: Tensor = self.captions(ids, latent[rows])
+                return logits[:, -1]
+
+            return write(step, self.tokenizer, images, prefix, length, decoding)

@@ -27,7 +27,8 @@ from altsight.losses.captioning import (
 from altsight.losses.tokens import token_ce_sum
 from altsight.methods.base import Corpus, Method
 from altsight.methods.mae import inference
-from altsight.nn.caption import is_text, write
+from altsight.nn.caption import is_text
+from altsight.nn.decoding import GREEDY, Decoding, write
 from altsight.nn.encoder import Encoder
 from altsight.nn.init import fill, normal
 from altsight.nn.virtex import Reading, TextualHead, TextualHeadConfig
@@ -192,23 +193,25 @@ class VirTex(Method):
 
     @property
     def caption(self) -> Callable[..., list[str]]:
-        """The greedy captioner; AttributeError for tasks that learn to write no captions."""
+        """The captioner; AttributeError for tasks that learn to write no captions."""
         if "onwards" not in READINGS.get(self.config.task, ()):
             raise AttributeError(f"{self.config.task} writes no captions")
         return self._caption
 
-    def _caption(self, images: Tensor, max_length: int | None = None, prefix: str = "") -> list[str]:
-        """Return a greedy caption for each of `images` (B, 3, H, W) uint8, starting with `prefix`; see MUG's."""
+    def _caption(
+        self, images: Tensor, max_length: int | None = None, prefix: str = "", decoding: Decoding = GREEDY
+    ) -> list[str]:
+        """Return a caption for each of `images` (B, 3, H, W) uint8, starting with `prefix`; see MUG's."""
         head, length = self.head, self.config.head.length
         assert head is not None
         with inference(self):
             memory = head.projection(self.encoder(self.encoder.normalize(images)).patches)
 
-            def step(ids: Tensor) -> Tensor:
-                logits: Tensor = head(ids, torch.ones_like(ids, dtype=torch.bool), memory, "onwards")
+            def step(ids: Tensor, rows: Tensor) -> Tensor:
+                logits: Tensor = head(ids, torch.ones_like(ids, dtype=torch.bool), memory[rows], "onwards")
                 return logits[:, -1]
 
-            return write(step, self.tokenizer, images, prefix, min(max_length or length, length))
+            return write(step, self.tokenizer, images, prefix, min(max_length or length, length), decoding)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Return (B, T) bool: True where the mask hides a word."""

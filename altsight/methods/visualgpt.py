@@ -15,7 +15,7 @@ from altsight.losses.captioning import next_token_ce_sum, target_count
 from altsight.methods.base import Corpus, Method
 from altsight.methods.clip import CLIPPrepare
 from altsight.methods.mae import inference
-from altsight.nn.caption import write
+from altsight.nn.decoding import GREEDY, Decoding, without_repeats, write
 from altsight.nn.encoder import Encoder
 from altsight.nn.gated import GatedConfig, GatedGPT2, VisualEncoder, language_model
 from altsight.nn.init import fill, reset
@@ -85,10 +85,20 @@ class VisualGPT(Method):
         logits = self.decoder(batch["text"][:, :-1], self.visual(encoded.patches))
         return Outputs(local={"caption": next_token_ce_sum(logits, batch["text"], self.tokenizer.end)})
 
-    def caption(self, images: Tensor, max_length: int | None = None, prefix: str = "") -> list[str]:
-        """Return a greedy caption for each of `images` (B, 3, H, W) uint8, starting with `prefix`; see MUG's."""
+    def caption(
+        self, images: Tensor, max_length: int | None = None, prefix: str = "", decoding: Decoding = GREEDY
+    ) -> list[str]:
+        """Return a caption for each of `images` (B, 3, H, W) uint8, starting with `prefix`; see MUG's.
+
+        A word that is written twice in a row is kept once, as in the source.
+        """
         length = self.config.decoder.length
         with inference(self):
             levels = self.visual(self.encoder(self.encoder.normalize(images)).patches)
+
+            def step(ids: Tensor, rows: Tensor) -> Tensor:
+                logits: Tensor = self.decoder(ids, [level[rows] for level in levels])
+                return logits[:, -1]
+
             longest = min(max_length or length, length)
-            return write(lambda ids: self.decoder(ids, levels)[:, -1], self.tokenizer, images, prefix, longest)
+            return list(map(without_repeats, write(step, self.tokenizer, images, prefix, longest, decoding)))

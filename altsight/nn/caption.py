@@ -1,19 +1,12 @@
-"""What caption decoders have in common: attention that looks elsewhere, post-norm layers, and greedy writing."""
+"""What caption decoders have in common: where a text ends, attention that looks elsewhere, and post-norm layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altsight.core.errors import UserError
-from altsight.data.text import Tokenizer
 from altsight.nn.text import LayerNorm
-
-_UNWRITTEN = ("[UNK]", "<unk>", "[MASK]", "<mask>")
-"""Tokens that stand for no text, where a known tokenizer has them."""
 
 
 def is_text(ids: Tensor, end: int) -> Tensor:
@@ -77,39 +70,3 @@ class PostNormLayer(nn.Module):
             assert memory is not None
             x = self.cross_norm(x + self.drop(self.cross_attention(x, memory)))
         return self.norm(x + self.drop(self.feed_forward(x)))
-
-
-Continue = Callable[[Tensor], Tensor]
-"""Ids (B, T) of captions so far -> logits (B, V) of their next token."""
-
-
-@torch.no_grad()
-def greedy(step: Continue, tokenizer: Tokenizer, prefix: Tensor, max_length: int) -> Tensor:
-    """Continue `prefix` (B, T) with the likeliest token at a time: (B, up to max_length) ids.
-
-    Stops when every row has reached the end token; rows that reached it earlier repeat it. Padding, start and what
-    stands for no text are never written, as in MUG's demo (specification MUG 1.9). The prefix is computed anew for
-    each token: captions are short.
-    """
-    unwritten = [tokenizer.model.token_to_id(name) for name in _UNWRITTEN]
-    banned = [token for token in {tokenizer.pad, tokenizer.start, *unwritten} - {None} if token != tokenizer.end]
-    ids = prefix
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    while ids.shape[1] < max_length and not done.all():
-        logits = step(ids).float()
-        logits[:, banned] = -torch.inf
-        token = logits.argmax(dim=-1).masked_fill(done, tokenizer.end)
-        ids = torch.cat([ids, token.unsqueeze(1)], dim=1)
-        done |= token == tokenizer.end
-    return ids
-
-
-def write(step: Continue, tokenizer: Tokenizer, images: Tensor, prefix: str, max_length: int) -> list[str]:
-    """Return the greedy caption of each of `images` (B, ...) that starts with the words `prefix`.
-
-    max_length: longest caption in tokens, start and end included.
-    """
-    words = tokenizer.model.encode(prefix, add_special_tokens=False).ids
-    start = torch.tensor([tokenizer.start, *words][:max_length], device=images.device)
-    ids = greedy(step, tokenizer, start.expand(len(images), -1), max_length)
-    return [tokenizer.decode(row) for row in ids.tolist()]

@@ -114,7 +114,8 @@ def _reconstruct(gallery: Gallery, name: str, method: Method, split: Split, chos
     if hasattr(maker, "caption"):
         # From what is visible in training, and from the start token alone: the corpus sets the first word.
         visible = {} if batch.get("keep") is None else {"keep": batch["keep"]}
-        gallery.captions[name] = tuple(maker.caption(batch["image"], prefix="", **visible))
+        images = batch["image"] if batch["image"].ndim == 4 else batch["image"][:, 0]  # a pair as a document of one
+        gallery.captions[name] = tuple(maker.caption(images, prefix="", **visible))
 
 
 def _batch(method: Method, split: Split, chosen: Sequence[int]) -> Batch | None:

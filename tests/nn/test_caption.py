@@ -1,19 +1,15 @@
-"""Attention against plain softmax, post-norm layers, and greedy writing by a script."""
+"""Attention against plain softmax, and post-norm layers."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import models
 from torch import Tensor, nn
 
 from altsight.core.errors import UserError
-from altsight.data.text import Tokenizer, train_tokenizer
-from altsight.nn.caption import Attention, Continue, PostNormLayer, greedy, write
+from altsight.nn.caption import Attention, PostNormLayer
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -94,58 +90,3 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(layer(x, memory), layer(x, memory))
     layer.eval()
     assert torch.equal(layer(x, memory), layer(x, memory))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(iter(["a red house", "two dogs"]), 300)
-
-
-def scripted(tokenizer: Tokenizer, script: list[list[int]], loud: list[int]) -> Continue:
-    """Wants `script[row][t]` as the token at place t, and the `loud` tokens even more."""
-    wanted = torch.tensor(script)
-
-    def step(ids: Tensor) -> Tensor:
-        logits = torch.zeros(len(ids), tokenizer.vocab_size)
-        logits[:, loud] = 9.0
-        logits[torch.arange(len(ids)), wanted[:, ids.shape[1]]] = 5.0
-        return logits
-
-    return step
-
-
-def test_greedy_follows_the_largest_logit_to_the_end_token(tokenizer: Tokenizer) -> None:
-    start, end = tokenizer.start, tokenizer.end
-    step = scripted(tokenizer, [[0, 0, 20, end, 50, 50, 50], [0, 0, 30, 31, 32, end, 50]], [tokenizer.pad, start])
-    ids = greedy(step, tokenizer, torch.tensor([[start, 7]] * 2), max_length=7)
-    assert ids.tolist() == [[start, 7, 20, end, end, end], [start, 7, 30, 31, 32, end]]
-
-
-def test_greedy_stops_at_the_longest_length(tokenizer: Tokenizer) -> None:
-    step = scripted(tokenizer, [[20] * 9], [tokenizer.pad])
-    ids = greedy(step, tokenizer, torch.tensor([[tokenizer.start]]), max_length=5)
-    assert ids.tolist() == [[tokenizer.start, 20, 20, 20, 20]]
-
-
-def test_greedy_can_stop_where_padding_is_the_end_token(tokenizer: Tokenizer) -> None:
-    same = dataclasses.replace(tokenizer, pad=tokenizer.end)
-    step = scripted(same, [[0, 20, same.end, 50, 50]], [same.start])
-    ids = greedy(step, same, torch.tensor([[same.start]]), max_length=5)
-    assert ids.tolist() == [[same.start, 20, same.end]]
-
-
-def test_bert_special_tokens_are_never_written() -> None:
-    """MUG's demo shuts out 103, 101, 100 and 0: [MASK], [CLS], [UNK] and [PAD]; [SEP] ends the caption."""
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "dog": 5}
-    bert = Tokenizer(tokenizers.Tokenizer(models.WordLevel(vocabulary, "[UNK]")), pad=0, start=2, end=3)
-    step = scripted(bert, [[0, 5, 3, 5]], [0, 1, 2, 4])
-    assert greedy(step, bert, torch.tensor([[2]]), max_length=4).tolist() == [[2, 5, 3]]
-
-
-def test_write_starts_with_the_prefix_and_keeps_to_the_length(tokenizer: Tokenizer) -> None:
-    words = tokenizer.model.encode("two dogs", add_special_tokens=False).ids
-    end = tokenizer.end
-    script = [[0] * (1 + len(words)) + [end] * 9] * 2
-    images = torch.zeros(2, 3, 8, 8)
-    assert write(scripted(tokenizer, script, []), tokenizer, images, "two dogs", 16) == ["two dogs"] * 2
-    assert write(scripted(tokenizer, [[40] * 9], []), tokenizer, images[:1], "two dogs", 1) == [""]
