@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import QuickGELU
+from timm.layers import GELUTanh, QuickGELU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -33,6 +34,12 @@ class TextConfig:
     """Longest text in tokens, start and end included; the cost of the tower grows with it."""
     quick_gelu: bool = True
     """x * sigmoid(1.702 x) instead of the exact GELU (OpenAI's CLIP)."""
+    tanh_gelu: bool = False
+    """GELU by its tanh formula instead of the exact one (SigLIP's published weights)."""
+    mlp_ratio: float = 4.0
+    """Width of the feed-forward layers, in widths of the tower."""
+    norm_eps: float = 1e-5
+    """Added to the variance in the layer norms (SigLIP: 1e-6)."""
     causal: bool = True
     """False: every token sees every other, padding included (FLIP, SigLIP)."""
     pool: Literal["end", "first", "last"] = "end"
@@ -91,17 +98,19 @@ class TextTower(TextEncoder):
         self.context = config.context
         self.token_embedding = nn.Embedding(tokenizer.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context, config.width))
+        norm: Any = partial(LayerNorm, eps=config.norm_eps)
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
                 config.heads,
+                config.mlp_ratio,
                 qkv_bias=True,
-                act_layer=QuickGELU if config.quick_gelu else nn.GELU,
-                norm_layer=LayerNorm,
+                act_layer=_activation(config),
+                norm_layer=norm,
             )
             for _ in range(config.layers)
         )
-        self.ln_final = LayerNorm(config.width)
+        self.ln_final = norm(config.width)
         self.text_projection = nn.Linear(config.width, embed_dim, bias=config.projection_bias)
 
     def init_weights(self, at: Key) -> None:
@@ -141,3 +150,9 @@ class TextTower(TextEncoder):
         # The *first* end token, found by id, so that a padding id equal to the end id is harmless.
         end = (ids == self.tokenizer.end).int().argmax(dim=-1)
         return x[torch.arange(len(ids), device=ids.device), end]
+
+
+def _activation(config: TextConfig) -> type[nn.Module]:
+    if config.quick_gelu:
+        return QuickGELU
+    return GELUTanh if config.tanh_gelu else nn.GELU
