@@ -1,0 +1,92 @@
+"""What trained classifiers share: how they are scored on images that their training has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altsight.evals.base import Result, Split, View
+from altsight.evals.bootstrap import class_interval, scored
+from altsight.evals.features import content_hash, extract, join_notes, left_out, rate_of_commonest
+from altsight.evals.precision import mean_average_precision
+from altsight.evals.retrieval import ranks
+from altsight.transfer.labels import LabelledImages
+
+TOP = (1, 5)
+
+
+def score(
+    view: View, logits: Callable[[Tensor], Tensor], images: LabelledImages, split: str, evaluator: str, seed: int
+) -> Iterator[Result]:
+    """Yield top-1, top-5 (with more than five classes) and mean-per-class accuracy; with several labels, the mAP.
+
+    Args:
+        view: yields the features that the classifier reads.
+        logits: features (n, D), on the CPU -> scores of the classes (n, C).
+        split: name of the set. seed: of the training.
+
+    Raises:
+        UserError: no image can be decoded, or none of them has a class.
+    """
+    extracted = extract(view, Split(split, images.pairs))
+    ids = [images.ids(sample) for sample in extracted.kept]
+    rows = [row for row, found in enumerate(ids) if found or images.labels.several]
+    targets = torch.zeros(len(rows), len(images.classes))
+    for place, row in enumerate(rows):
+        targets[place, list(ids[row])] = 1
+    reasons = {"a broken image": extracted.broken, "no class": len(ids) - len(rows)}
+    facts: dict[str, Any] = {
+        "task": images.source,
+        "evaluator": evaluator,
+        "split": split,
+        "feature_point": view.feature_point,
+        "data": content_hash((extracted.digests[row], ids[row]) for row in rows),
+        "note": left_out(Split(split, images.pairs), reasons),
+        "extra": {"classes": len(images.classes), "seed": seed},
+    }
+    found = logits(extracted.vectors[rows]).float().cpu()
+    if images.labels.several:
+        yield _precision(view, found, targets, facts)
+    else:
+        yield from _accuracies(view, found, targets.argmax(dim=1), facts)
+
+
+def _accuracies(view: View, logits: Tensor, labels: Tensor, facts: dict[str, Any]) -> Iterator[Result]:
+    classes = logits.shape[1]
+    places = ranks(logits, labels)
+    facts["extra"] |= {"commonest": rate_of_commonest(labels, labels)}
+    for k in TOP:
+        if k < classes:
+            yield scored(view, places < k, metric=f"top{k}", chance=k / classes, **facts)
+    mean, present = class_interval(places < 1, labels), len(labels.unique())
+    facts["note"] = join_notes(facts["note"], "" if present == classes else f"{present} of {classes} classes occur")
+    yield Result(
+        metric="mean_class",
+        value=mean.value,
+        low=mean.low,
+        high=mean.high,
+        chance=1 / classes,
+        n=len(labels),
+        preprocess=view.preprocess.hash(),
+        **facts,
+    )
+
+
+def _precision(view: View, logits: Tensor, targets: Tensor, facts: dict[str, Any]) -> Result:
+    found = mean_average_precision(logits.numpy(), targets.numpy())
+    occurring = targets.any(dim=0)
+    missing = int((~occurring).sum())
+    return Result(
+        metric="map",
+        value=found.value,
+        low=found.low,
+        high=found.high,
+        # What scores that say nothing reach: the share of images of each class.
+        chance=float(targets.mean(dim=0)[occurring].mean()),
+        n=len(targets),
+        preprocess=view.preprocess.hash(),
+        **facts | {"note": join_notes(facts["note"], f"{missing} classes do not occur" if missing else "")},
+    )
