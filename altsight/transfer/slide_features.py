@@ -1,0 +1,145 @@
+"""The vectors of a slide's tiles: made once, tile batch by tile batch, and stored beside their coordinates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from altsight.core.errors import UserError
+from altsight.data.slide import Slide, open_slide
+from altsight.data.tiles import Coords, Tiling, coloured, grid, read_coords, read_tiles, resize, tiling
+from altsight.evals.base import View
+from altsight.train.log import progress_bar
+from altsight.train.run import weights_hash
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Where tiles lie and how large they are; the defaults are MI-Zero's (specification 1.3)."""
+
+    tile: int = 256
+    """Side of a tile in pixels at `magnification`; it is resized to the encoder's input."""
+    stride: int = 0
+    """Pixels from one tile to the next, in the same unit; 0: `tile`, so that they do not overlap."""
+    magnification: float = 20.0
+    """At which slides are read that tell theirs; others are read as they are."""
+    foreground: Literal["all", "coloured"] = "all"
+    """all tiles, or those that are coloured, as stained tissue on glass is (Otsu's threshold on the saturation)."""
+    least: float = 0.25
+    """Share of a tile that must be coloured."""
+    coords: Path | None = None
+    """Coordinates that another program found (.npy, .csv, .h5); a folder holds one file for each slide's name."""
+
+
+@dataclass(frozen=True)
+class SlideFeatures:
+    """The tiles of a slide: left and top (N, 2) in pixels of level 0, and the side of a tile there (span).
+
+    vectors: unit vectors (N, E) in the joint space. features: (N, D), before any projection. Both fp32.
+    """
+
+    coords: Coords
+    span: int
+    vectors: Tensor
+    features: Tensor
+
+
+def slide_features(view: View, path: Path, config: TileConfig, batch: int, folder: Path) -> SlideFeatures:
+    """Return the vectors of a slide; those in `folder` of the same weights, file and settings are taken from there.
+
+    Raises:
+        UserError: the slide cannot be read, has no tile of this size, or none that is foreground.
+    """
+    slide = open_slide(path)
+    how = tiling(slide, config.tile, config.magnification)
+    coords = _coords(slide, path, config, how)
+    stored = folder / f"{slide_name(path)}.npz"
+    made_of = _fingerprint(view, path, how, coords)
+    known = _load(stored, made_of)
+    if known is not None:
+        return known
+    found = SlideFeatures(coords, how.span, *_encode(view, slide, coords, how, batch, path.name))
+    _save(stored, found, made_of)
+    return found
+
+
+def slide_name(path: Path) -> str:
+    """Return the name of what is written for a slide: the file's, and 6 hex digits of where it lies."""
+    return f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}"
+
+
+def _coords(slide: Slide, path: Path, config: TileConfig, how: Tiling) -> Coords:
+    if config.coords is not None:
+        return read_coords(_coords_file(config.coords, path))
+    stride = round((config.stride or config.tile) * how.span / config.tile)
+    coords = grid(slide.size, how.span, max(stride, 1))
+    if config.foreground == "coloured":
+        coords = coords[coloured(slide, coords, how.span, config.least)]
+    if not len(coords):
+        raise UserError(
+            f"no tile of the slide '{path}' is coloured: use --tiles.foreground all, or lower --tiles.least."
+        )
+    return coords
+
+
+def _coords_file(where: Path, slide: Path) -> Path:
+    if not where.is_dir():
+        return where
+    found = [where / f"{slide.stem}{suffix}" for suffix in (".npy", ".csv", ".h5")]
+    return next((path for path in found if path.is_file()), found[0])
+
+
+def _encode(view: View, slide: Slide, coords: Coords, how: Tiling, batch: int, name: str) -> tuple[Tensor, Tensor]:
+    vectors, features = [], []
+    with progress_bar(transient=True) as bar:
+        task = bar.add_task(name[:16], total=len(coords), note="tiles")
+        for tiles in read_tiles(slide, coords, how, batch):
+            frozen, joint = view.vectors(resize(tiles, view.preprocess.size))
+            assert joint is not None, "the view of a dual encoder has joint vectors"
+            features.append(frozen)
+            vectors.append(joint)
+            bar.advance(task, len(tiles))
+    return torch.cat(vectors), torch.cat(features)
+
+
+def _fingerprint(view: View, path: Path, how: Tiling, coords: Coords) -> str:
+    """Return 16 hex digits of all that the vectors depend on; of the file, its size and when it was written."""
+    owner: torch.nn.Module = view.embed_image.__self__  # type: ignore[union-attr]
+    about = os.stat(path)
+    facts = [weights_hash(view.encoder), weights_hash(owner), view.feature_point, view.preprocess.hash(), asdict(how)]
+    digest = hashlib.sha256(json.dumps([*facts, about.st_size, about.st_mtime_ns]).encode())
+    digest.update(coords.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _load(stored: Path, made_of: str) -> SlideFeatures | None:
+    if not stored.is_file():
+        return None
+    with np.load(stored) as file:
+        if str(file["made_of"]) != made_of:
+            return None
+        vectors, features = (torch.from_numpy(file[name]) for name in ("vectors", "features"))
+        return SlideFeatures(file["coords"], int(file["span"]), vectors, features)
+
+
+def _save(stored: Path, found: SlideFeatures, made_of: str) -> None:
+    """Write by way of a temporary file, so that a reader never sees half of it."""
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    part = stored.with_name(f".{stored.stem}.part.npz")
+    np.savez(
+        part,
+        made_of=made_of,
+        span=found.span,
+        coords=found.coords,
+        vectors=found.vectors.numpy(),
+        features=found.features.numpy(),
+    )
+    part.replace(stored)
