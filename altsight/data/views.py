@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from altsight.core.errors import UserError, did_you_mean
 from altsight.core.rng import Key
 from altsight.data.decode import MAX_PIXELS, Box, BrokenImage, decode, open_picture
 
-NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation per channel."""
+NORMALIZATIONS: dict[str, Statistics] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "cc12m": ((0.5762, 0.5503, 0.5213), (0.3207, 0.3169, 0.3307)),
@@ -105,15 +108,21 @@ def crops(data: bytes, views: Sequence[tuple[Crop, int, Key]]) -> list[Tensor]:
     return [crop.finish(part, size, at) for part, (crop, size, at) in zip(parts, views, strict=True)]
 
 
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
+def _resize(image: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
     # What torchvision's resize calls for uint8 on the CPU, without a tenth of the time spent on the way there.
-    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+    return F.interpolate(image[None], (height, width), mode=mode, antialias=True)[0]
 
 
-def center_crop(data: bytes, size: int, crop_ratio: float = 1.0) -> Tensor:
-    """Decode `data`, resize its shorter side to size / crop_ratio (bicubic) and cut the centre: uint8 (3, size, size).
+def center_crop(
+    data: bytes, size: int, crop_ratio: float = 1.0, interpolation: str = "bicubic", squash: bool = False
+) -> Tensor:
+    """Decode `data`, resize its shorter side to size / crop_ratio and cut the centre: uint8 (3, size, size).
 
     Decoded in full, and pixel for pixel what torchvision makes of it: tests are compared with other people's.
+
+    Args:
+        interpolation: bicubic or bilinear.
+        squash: resize both sides to size / crop_ratio, whatever the aspect ratio.
 
     Raises:
         BrokenImage: the bytes cannot be decoded, or to a strip so thin that it would be resized to a huge image.
@@ -121,10 +130,10 @@ def center_crop(data: bytes, size: int, crop_ratio: float = 1.0) -> Tensor:
     side = round(size / crop_ratio)
     image = decode(data)
     shorter = min(image.shape[1:])
-    height, width = (int(side * length / shorter) for length in image.shape[1:])
+    height, width = (side if squash else int(side * length / shorter) for length in image.shape[1:])
     if height * width > MAX_PIXELS:
         raise BrokenImage(f"{image.shape[1]} x {image.shape[2]} pixels are too thin a strip")
-    image = _resize(image, height, width)
+    image = _resize(image, height, width, interpolation)
     top, left = round((height - size) / 2), round((width - size) / 2)
     return image[:, top : top + size, left : left + size]
 
@@ -139,9 +148,33 @@ def random_keep(patches: int, ratio: float, at: Key) -> Tensor:
     return torch.from_numpy(at.child("mask").generator().permutation(patches)[:kept].copy()).sort().values
 
 
+def statistics(name: str) -> Statistics:
+    """Return mean and standard deviation of a normalization: a name in `NORMALIZATIONS`, or "m,m,m/s,s,s".
+
+    Raises:
+        UserError: it is neither.
+    """
+    if name in NORMALIZATIONS:
+        return NORMALIZATIONS[name]
+    try:
+        mean, std = (tuple(map(float, part.split(","))) for part in name.split("/"))
+        (a, b, c), (d, e, f) = mean, std
+    except ValueError:
+        near = did_you_mean(name, NORMALIZATIONS)
+        raise UserError(f"no normalization '{name}' (nor is it MEAN,MEAN,MEAN/STD,STD,STD).{near}") from None
+    return (a, b, c), (d, e, f)
+
+
+def normalization_of(mean: Sequence[float], std: Sequence[float]) -> str:
+    """Return what `statistics` reads as `mean` and `std`, by name where it has one."""
+    wanted = (tuple(mean), tuple(std))
+    known = next((name for name, value in NORMALIZATIONS.items() if value == wanted), None)
+    return known or "/".join(",".join(map(str, part)) for part in wanted)
+
+
 def normalize(images: Tensor, name: str) -> Tensor:
-    """Map uint8 (B, 3, H, W), or fp32 in [0, 1], to the mean and standard deviation of `NORMALIZATIONS[name]`."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in NORMALIZATIONS[name])
+    """Map uint8 (B, 3, H, W), or fp32 in [0, 1], to the mean and deviation of the normalization `name`."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in statistics(name))
     unit = images.float() / 255 if images.dtype == torch.uint8 else images
     return (unit - mean) / std
 
@@ -162,5 +195,5 @@ def low_frequency_crop(images: Tensor, size: int) -> Tensor:
 
 def to_unit(images: Tensor, name: str) -> Tensor:
     """Undo `normalize`: map fp32 (B, 3, H, W) back to [0, 1]."""
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in NORMALIZATIONS[name])
+    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in statistics(name))
     return images * std + mean

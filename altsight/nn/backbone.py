@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import timm
 from timm.layers import QuickGELU
+from timm.models import model_entrypoint
+from torch import nn
 
 from altsight.core.errors import UserError, did_you_mean
-from altsight.data.views import NORMALIZATIONS
+from altsight.data.views import statistics
 from altsight.nn.init import VitInit
+
+TRANSFORMERS = ("vision_transformer", "deit", "beit", "eva")
+"""timm's families whose width, depth and heads can be set."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,8 @@ class EncoderConfig:
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
+    mlp_ratio: float | None = None
+    """Width of the feed-forward layers, in widths of the encoder."""
     registers: int = 0
     drop_path: float = 0.0
     layer_scale: float | None = None
@@ -38,7 +46,12 @@ class EncoderConfig:
     """A LayerNorm before the first block (CLIP's ln_pre)."""
     quick_gelu: bool = False
     """x * sigmoid(1.702 x) instead of the exact GELU (OpenAI's CLIP)."""
+    global_pool: Literal["", "token", "avg", "map"] | None = None
+    """What timm's head reads; with avg timm's models put their last norm behind the mean of the tokens."""
+    norm_eps: float | None = None
+    """Added to the variance in the layer norms."""
     normalization: str = "imagenet"
+    """Mean and deviation of the input by name (imagenet, clip, cc12m, half), or as MEAN,MEAN,MEAN/STD,STD,STD."""
 
 
 def create_backbone(config: EncoderConfig) -> Any:
@@ -48,15 +61,22 @@ def create_backbone(config: EncoderConfig) -> Any:
         UserError: unknown model or normalization, or an image size that the patch size does not divide.
     """
     _check(config)
-    return timm.create_model(config.model, **_arguments(config))
+    arguments = _arguments(config)
+    try:
+        return timm.create_model(config.model, drop_path_rate=config.drop_path, **arguments)
+    except TypeError as error:
+        if config.drop_path == 0 and "drop_path_rate" in str(error):
+            return timm.create_model(config.model, **arguments)
+        raise UserError(
+            f"timm's '{config.model}' cannot be built with these settings ({error}): leave the others of --encoder.* "
+            "at their defaults, or use another model."
+        ) from None
 
 
 def _check(config: EncoderConfig) -> None:
     if not timm.is_model(config.model):
         raise UserError(f"timm has no model '{config.model}'.{_near_models(config.model)}")
-    if config.normalization not in NORMALIZATIONS:
-        near = did_you_mean(config.normalization, NORMALIZATIONS)
-        raise UserError(f"no normalization '{config.normalization}'.{near}")
+    statistics(config.normalization)
     patch = config.patch_size or _default_patch(config.model)
     if patch and config.img_size % patch:
         lower = config.img_size // patch * patch
@@ -79,19 +99,32 @@ def _default_patch(model: str) -> int | None:
 
 def _arguments(config: EncoderConfig) -> dict[str, Any]:
     """Return timm's keyword arguments for `config`; a plain ResNet takes none of the transformer's."""
-    arguments: dict[str, Any] = {"num_classes": 0, "drop_path_rate": config.drop_path}
-    if not config.model.startswith(("vit_", "deit")):
-        return arguments
-    arguments |= {
-        "img_size": config.img_size,
-        "patch_size": config.patch_size,
-        "embed_dim": config.width,
-        "depth": config.depth,
-        "num_heads": config.heads,
-        "reg_tokens": config.registers or None,
-        "init_values": config.layer_scale,
-        "dynamic_img_size": True,
-        "pre_norm": config.pre_norm or None,
-        "act_layer": QuickGELU if config.quick_gelu else None,
-    }
+    arguments: dict[str, Any] = {"num_classes": 0}
+    family = model_entrypoint(config.model).__module__.removeprefix("timm.models.")
+    if family in TRANSFORMERS:
+        arguments |= {
+            "img_size": config.img_size,
+            "patch_size": config.patch_size,
+            "embed_dim": config.width,
+            "depth": config.depth,
+            "num_heads": config.heads,
+            "mlp_ratio": config.mlp_ratio,
+            "init_values": config.layer_scale,
+            "global_pool": config.global_pool,
+            "norm_layer": config.norm_eps and partial(nn.LayerNorm, eps=config.norm_eps),
+        }
+    elif has_fixed_size(config.model):
+        arguments["img_size"] = config.img_size
+    if family in ("vision_transformer", "deit"):
+        arguments |= {
+            "reg_tokens": config.registers or None,
+            "dynamic_img_size": True,
+            "pre_norm": config.pre_norm or None,
+            "act_layer": QuickGELU if config.quick_gelu else None,
+        }
     return {name: value for name, value in arguments.items() if value is not None}
+
+
+def has_fixed_size(model: str) -> bool:
+    """Return whether timm builds `model` for images of one size."""
+    return bool(timm.get_pretrained_cfg(model).fixed_input_size)

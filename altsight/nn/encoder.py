@@ -5,6 +5,7 @@ This is the one file that knows timm's vision transformers from the inside.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,12 +33,14 @@ class Encoded:
 
     tokens: (B, prefix + L, D) after the final norm; prefix counts the CLS token and the registers.
     prenorm: the same before the final norm. layers: output of every block (ViT) or stage (others), first to last.
+    grid: (H, W) where the backbone itself has the tokens as a map, which its head will want back.
     """
 
     tokens: Tensor
     prenorm: Tensor
     prefix: int
     layers: tuple[Tensor, ...]
+    grid: tuple[int, int] | None = None
 
     @property
     def patches(self) -> Tensor:
@@ -47,7 +50,7 @@ class Encoded:
     def float(self) -> Encoded:
         """Return the same in fp32."""
         layers = tuple(layer.float() for layer in self.layers)
-        return Encoded(self.tokens.float(), self.prenorm.float(), self.prefix, layers)
+        return Encoded(self.tokens.float(), self.prenorm.float(), self.prefix, layers, self.grid)
 
 
 class Encoder(Once):
@@ -78,8 +81,9 @@ class Encoder(Once):
             if config.relative_positions:
                 self.relative = _relative_positions(config.model, self.grid, self.backbone)
         else:
-            side = config.img_size // int(self.backbone.feature_info[-1]["reduction"])
-            self.grid, self.patch_size, self.prefix = (side, side), 0, 0
+            side = math.ceil(config.img_size / int(self.backbone.feature_info[-1]["reduction"]))
+            self.grid, self.patch_size = (side, side), 0
+            self.prefix = int(getattr(self.backbone, "num_prefix_tokens", 0))
 
     @property
     def num_patches(self) -> int:
@@ -238,8 +242,15 @@ class Encoder(Once):
 
     def _forward_stages(self, images: Tensor) -> Encoded:
         last, layers = self.backbone.forward_intermediates(images)
-        tokens = last.flatten(2).transpose(1, 2)
-        return Encoded(tokens, tokens, 0, tuple(layers))
+        if last.ndim == 3:
+            return Encoded(last, last, self.prefix, tuple(layers))
+        grid = tuple(last.shape[1:3] if self._channels_last else last.shape[2:])
+        tokens = last.flatten(1, 2) if self._channels_last else last.flatten(2).mT
+        return Encoded(tokens, tokens, 0, tuple(layers), grid)
+
+    @property
+    def _channels_last(self) -> bool:
+        return getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
 
     def point(self, encoded: Encoded, name: FeaturePoint) -> Tensor:
         """Return the (B, D) vector at a feature point.
@@ -262,8 +273,8 @@ class Encoder(Once):
 
     def _pooled(self, encoded: Encoded) -> Tensor:
         tokens = encoded.tokens
-        if not self.is_vit:
-            tokens = tokens.transpose(1, 2).unflatten(2, self.grid)
+        if encoded.grid is not None:
+            tokens = tokens.unflatten(1, encoded.grid) if self._channels_last else tokens.mT.unflatten(2, encoded.grid)
         return self.backbone.forward_head(tokens, pre_logits=True)
 
 

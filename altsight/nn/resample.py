@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from altsight.core.errors import UserError
+from altsight.nn.backbone import has_fixed_size
 from altsight.nn.encoder import Encoder
 
 POSITIONS = "backbone.pos_embed"
 PATCHES = "backbone.patch_embed.proj.weight"
+WINDOWS = ("relative_position_index", "attn_mask")
 
 
 def resized(encoder: Encoder, **changes: Any) -> Encoder:
@@ -28,6 +31,8 @@ def resized(encoder: Encoder, **changes: Any) -> Encoder:
     config = replace(encoder.config, **changes)
     made = Encoder(config)
     state = encoder.state_dict()
+    if not encoder.is_vit and has_fixed_size(config.model) and config.img_size != encoder.config.img_size:
+        state = _resized_by_timm(state, made)
     if encoder.is_vit and made.grid != encoder.grid:
         if encoder.relative is not None:
             raise UserError(
@@ -37,8 +42,20 @@ def resized(encoder: Encoder, **changes: Any) -> Encoder:
             state[POSITIONS] = resample_positions(state[POSITIONS], made.grid, encoder.grid, encoder.prefix)
     if encoder.is_vit and made.patch_size != encoder.patch_size:
         state[PATCHES] = resample_patch_embed(state[PATCHES], [made.patch_size, made.patch_size])
-    made.load_state_dict(state)
+    try:
+        made.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(f"'{config.model}' takes images of one size only: leave the size as it is.") from None
     return made.to(next(encoder.parameters()).device)
+
+
+def _resized_by_timm(state: dict[str, Tensor], made: Encoder) -> dict[str, Tensor]:
+    """Return the state with the tables of relative positions of Swin, BEiT, EVA ... resampled as their files are."""
+    convert = getattr(import_module(type(made.backbone).__module__), "checkpoint_filter_fn", lambda state, _: state)
+    plain = {name.removeprefix("backbone."): value for name, value in state.items()}
+    converted = {f"backbone.{name}": value for name, value in convert(plain, made.backbone).items()}
+    # Indices and masks of windows belong to the size, not to the weights.
+    return made.state_dict() | {name: value for name, value in converted.items() if not name.endswith(WINDOWS)}
 
 
 def resample_positions(table: Tensor, grid: tuple[int, int], old: tuple[int, int], prefix: int) -> Tensor:
