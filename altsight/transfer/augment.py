@@ -92,13 +92,21 @@ def random_erase(image: Tensor, probability: float, at: Key) -> Tensor:
 
 @dataclass(frozen=True)
 class Augment:
-    """Encoded image -> a random view of it, normalised: crop and flip, RandAugment, random erasing."""
+    """Encoded image -> a random view of it, normalised: crop and flip, RandAugment, random erasing.
+
+    Raises:
+        UserError: timm does not know the policy.
+    """
 
     crop: Crop = field(default_factory=lambda: Crop(scale=(0.08, 1.0)))
     rand_augment: str = "rand-m9-mstd0.5-inc1"
     """timm's name of the policy; empty: none."""
     erase: float = 0.25
     """Probability of random erasing."""
+
+    def __post_init__(self) -> None:
+        if self.rand_augment:
+            _rand_augment(self.rand_augment, "imagenet", 224)
 
     def __call__(self, data: bytes, size: int, normalization: str, at: Key) -> Tensor:
         """Return fp32 (3, size, size); BrokenImage where `data` cannot be decoded."""
