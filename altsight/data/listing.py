@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from altsight.core.config import read_json
 from altsight.core.errors import UserError, did_you_mean
 
 TABLES = frozenset({".csv", ".tsv", ".jsonl"})
@@ -93,11 +92,17 @@ def check_labels(items: Sequence[Item], classes: Sequence[str], where: Path) -> 
 
 
 def _json_classes(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    data = read_json(path)
-    if not isinstance(data, dict):
+    try:
+        # Pairs, and not a dict, in which the second of two equal names would replace the first.
+        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
+    except OSError as error:
+        raise UserError(f"the class file '{path}' cannot be read ({error}).") from None
+    except ValueError as error:
+        raise UserError(f"the class file '{path}' is no JSON ({error}).") from None
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         raise UserError(f"the class file '{path}' must hold class -> name, or class -> list of names.")
     rows = []
-    for label, value in data.items():
+    for label, value in pairs:
         names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
         if not names or not all(isinstance(name, str) and name.strip() for name in names):
             raise UserError(f"the class '{label}' in '{path}' has no name: give it one, or a list.")

@@ -192,7 +192,9 @@ class TiffSlide:
             raise UserError(f"the slide '{self._path}' is damaged in chunk {index} ({error}).") from None
         if decoded is None:  # a chunk that was never written
             return np.full((*shape[1:3], 3), 255, np.uint8)
-        pixels = decoded[0, : shape[1], : shape[2]]
+        high, wide = page.chunks[:2]
+        row, column = divmod(index, page.chunked[1])
+        pixels = decoded[0, : page.imagelength - row * high, : page.imagewidth - column * wide]
         pixels = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
         return pixels.repeat(3, axis=2) if pixels.shape[2] < 3 else pixels[..., :3]
 
@@ -208,7 +210,7 @@ def _check_page(path: Path, page: Any) -> None:
     """Refuse what cannot be read piece by piece as colours or grey."""
     if page.dtype not in (np.uint8, np.uint16) or page.photometric.name not in ("RGB", "YCBCR", "MINISBLACK"):
         raise UserError(f"the slide '{path}' holds {page.photometric.name} {page.dtype}: save it as 8-bit RGB.")
-    if page.planarconfig.name != "CONTIG" or page.imagedepth != 1:
+    if (page.planarconfig != 1 and page.samplesperpixel > 1) or page.imagedepth != 1:
         raise UserError(f"the slide '{path}' keeps its channels apart: save it with interleaved RGB.")
     if np.prod(page.chunks) > 4 * CHUNK_BYTES:
         raise UserError(f"the slide '{path}' is stored in pieces of {page.chunks[:2]} pixels: save it as a tiled TIFF.")
