@@ -76,12 +76,13 @@ class TextTower(TextEncoder):
         config: the size.
         tokenizer: sets the vocabulary and which id is the end token.
         embed_dim: width of the joint space.
+        vocabulary: rows of the table of tokens; 0: as many as the tokenizer has ids.
 
     Raises:
         UserError: the width is not divisible by the number of heads, or the context has no room for a text.
     """
 
-    def __init__(self, config: TextConfig, tokenizer: Tokenizer, embed_dim: int) -> None:
+    def __init__(self, config: TextConfig, tokenizer: Tokenizer, embed_dim: int, vocabulary: int = 0) -> None:
         super().__init__()
         if config.width % config.heads:
             raise UserError(
@@ -96,7 +97,7 @@ class TextTower(TextEncoder):
         self.config = config
         self.tokenizer = tokenizer
         self.context = config.context
-        self.token_embedding = nn.Embedding(tokenizer.vocab_size, config.width)
+        self.token_embedding = nn.Embedding(vocabulary or tokenizer.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context, config.width))
         norm: Any = partial(LayerNorm, eps=config.norm_eps)
         self.blocks = nn.ModuleList(
