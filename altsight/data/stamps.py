@@ -12,8 +12,9 @@ import numpy.typing as npt
 import PIL.Image
 from scipy import ndimage
 
-from altsight.core.errors import UserError, did_you_mean
+from altsight.core.errors import UserError
 from altsight.data.prepare import read_pairs
+from altsight.data.samples import locate
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -56,13 +57,7 @@ def stamps(split: str = "train") -> tuple[Stamp, ...]:
     Raises:
         UserError: the embedded sample data are not installed, or there is no such split.
     """
-    try:
-        import altsight_samples
-    except ModuleNotFoundError:
-        raise UserError("made scenes need the embedded sample data: `pip install altsight-samples`.") from None
-    if split not in altsight_samples.SPLITS:
-        raise UserError(f"the emoji have no split '{split}'.{did_you_mean(split, altsight_samples.SPLITS)}")
-    pairs = read_pairs(str(altsight_samples.path("emoji", split)), captions=())
+    pairs = read_pairs(locate(f"samples:emoji/{split}"), captions=())
     found = []
     for i in range(len(pairs)):
         fields = pairs.fields(i)

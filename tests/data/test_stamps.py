@@ -45,5 +45,5 @@ def test_a_stamp_is_scaled_without_a_white_rim() -> None:
 def test_unknown_names_and_splits() -> None:
     with pytest.raises(UserError, match=r"have no 'red aple'. Did you mean 'red apple'\?"):
         stamps_of(("red aple",))
-    with pytest.raises(UserError, match="no split 'valid'"):
+    with pytest.raises(UserError, match="no sample data 'samples:emoji/valid'"):
         stamps("valid")
