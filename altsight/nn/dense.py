@@ -73,19 +73,19 @@ class FeatureMaps(nn.Module):
 
     def __init__(self, encoder: Encoder, norm: bool = False) -> None:
         super().__init__()
-        self.is_plain = encoder.is_vit
+        info = list(encoder.backbone.feature_info)
+        self.is_plain = len({stage["reduction"] for stage in info}) == 1
         if not self.is_plain:
-            info = list(encoder.backbone.feature_info)[-4:]
-            if len(info) < 4 or len({stage["reduction"] for stage in info}) < 4:
+            if len({stage["reduction"] for stage in info[-4:]}) < 4:
                 raise UserError(
                     f"'{encoder.config.model}' has no four stages of different strides to predict pixels from: use a "
-                    "vision transformer of timm, or a network with stages such as resnet50."
+                    "vision transformer, or a network with stages such as resnet50."
                 )
-            self.channels = tuple(int(stage["num_chs"]) for stage in info)
+            self.channels = tuple(int(stage["num_chs"]) for stage in info[-4:])
             return
         width = encoder.width
         self.channels = (width,) * 4
-        self.levels = levels_of(len(encoder.backbone.blocks))
+        self.levels = levels_of(len(info))
         twice, again = (nn.ConvTranspose2d(width, width, 2, 2) for _ in range(2))
         self.scale = nn.ModuleList(
             [
@@ -100,7 +100,9 @@ class FeatureMaps(nn.Module):
     def forward(self, encoder: Encoder, encoded: Encoded) -> list[Tensor]:
         if not self.is_plain:
             return list(encoded.layers[-4:])
-        maps = [to_map(encoded.layers[level][:, encoded.prefix :], encoder.grid) for level in self.levels]
+        # timm hands out the layers of other transformers as maps.
+        layers = [encoded.layers[level] for level in self.levels]
+        maps = [to_map(x[:, encoded.prefix :], encoder.grid) if x.ndim == 3 else x for x in layers]
         return [scale(norm(x)) for scale, norm, x in zip(self.scale, self.norms, maps, strict=True)]
 
 

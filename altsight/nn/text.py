@@ -134,23 +134,33 @@ class TextTower(TextEncoder):
 
         Under causal attention what follows the end token is never seen, and padding needs no mask.
         """
-        if self.config.pad_with_end:
-            after = (ids == self.tokenizer.end).cumsum(dim=-1) > 0
-            ids = ids.masked_fill(after, self.tokenizer.end)
-        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        ids = self.filled(ids)
+        return self.read(self.token_embedding(ids), self.place(ids))
+
+    def read(self, embedded: Tensor, place: Tensor) -> Tensor:
+        """Return the features of texts whose tokens are embedded already (B, T, W), read at token `place` (B,) of each.
+
+        Prompts that are learned have embeddings, and no ids.
+        """
+        x = embedded + self.positional_embedding[: embedded.shape[1]]
         for block in self.blocks:
             x = block(x, is_causal=self.config.causal)
         # The final norm acts on each token alone, so only the one that is read has to pass through it.
-        return self.text_projection(self.ln_final(self._read(x, ids)))
+        return self.text_projection(self.ln_final(x[torch.arange(len(x), device=x.device), place]))
 
-    def _read(self, x: Tensor, ids: Tensor) -> Tensor:
-        if self.config.pool == "first":
-            return x[:, 0]
-        if self.config.pool == "last":
-            return x[:, -1]
-        # The *first* end token, found by id, so that a padding id equal to the end id is harmless.
-        end = (ids == self.tokenizer.end).int().argmax(dim=-1)
-        return x[torch.arange(len(ids), device=ids.device), end]
+    def filled(self, ids: Tensor) -> Tensor:
+        """Return texts (B, T) with end tokens for padding, where the tower was trained so."""
+        if not self.config.pad_with_end:
+            return ids
+        after = (ids == self.tokenizer.end).cumsum(dim=-1) > 0
+        return ids.masked_fill(after, self.tokenizer.end)
+
+    def place(self, ids: Tensor) -> Tensor:
+        """Return which token of each text (B, T) is the feature, (B,)."""
+        if self.config.pool == "end":
+            # The *first* end token, found by id, so that a padding id equal to the end id is harmless.
+            return (ids == self.tokenizer.end).int().argmax(dim=-1)
+        return ids.new_full((len(ids),), 0 if self.config.pool == "first" else ids.shape[1] - 1)
 
 
 def _activation(config: TextConfig) -> type[nn.Module]:
