@@ -57,7 +57,7 @@ def grid(size: tuple[int, int], span: int, stride: int) -> Coords:
         UserError: the picture is smaller than a tile.
     """
     if min(size) < span:
-        raise UserError(f"a slide of {size[0]} x {size[1]} pixels has no tile of {span}: lower --tile.")
+        raise UserError(f"a slide of {size[0]} x {size[1]} pixels has no tile of {span}: lower --tiles.tile.")
     across, down = (np.unique([*range(0, length - span, stride), length - span]) for length in size)
     top, left = np.meshgrid(down, across, indexing="ij")
     return np.stack([left.ravel(), top.ravel()], axis=1).astype(np.int64)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 from torch import Tensor
 
 from altsight.core.rng import key
@@ -56,7 +56,7 @@ def spreads(scores: Tensor, labels: npt.NDArray[np.int64], scale: float, seed: i
             tuple(float(accuracy_score(labels, p)) for p in predicted), *median_interval(hits, together, seed)
         ),
         "balanced_accuracy": Spread(
-            tuple(float(balanced_accuracy_score(labels, p)) for p in predicted), *median_interval(hits, labels, seed)
+            tuple(_balanced(labels, p) for p in predicted), *median_interval(hits, labels, seed)
         ),
     }
     if len(np.unique(labels)) == scores.shape[2]:
@@ -82,6 +82,11 @@ def median_interval(hits: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64], 
         rates += counts @ part.T / part.shape[1] / len(names)
     low, high = np.quantile(np.median(rates, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def _balanced(labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> float:
+    """Return the mean recall of the classes that occur."""
+    return float(recall_score(labels, predicted, labels=np.unique(labels), average="macro"))
 
 
 def _auc(labels: npt.NDArray[np.int64], chances: npt.NDArray[np.float64]) -> float:

@@ -14,19 +14,12 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from altsight.core.errors import UserError
-
 
 def top_k(scores: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
-    """Return for every K the mean (C,) of each class's K largest scores (N, C), or of all N where K is more.
+    """Return for every K >= 1 the mean (C,) of each class's K largest scores (N, C), or of all N where K is more.
 
     Every class has its own K tiles. One sort serves all K.
-
-    Raises:
-        UserError: a K is below 1.
     """
-    if min(ks, default=0) < 1:
-        raise UserError(f"top-K pooling takes 1 tile or more, not {list(ks)}: mend --topk.")
     best = scores.topk(min(max(ks), len(scores)), dim=0).values.cumsum(dim=0)
     return {k: best[min(k, len(scores)) - 1] / min(k, len(scores)) for k in ks}
 
@@ -38,8 +31,6 @@ def neighbours(coords: npt.ArrayLike, k: int, include_self: bool = True) -> Tens
     open. Which of several equally near ones are taken depends on where they lie, not on their order.
     """
     places = np.asarray(coords, dtype=np.float64)
-    if k < 1:
-        raise UserError(f"smoothing takes 1 neighbour or more, not {k}: mend --neighbours.")
     if len(places) == 1:
         return torch.zeros(1, 1, dtype=torch.int64)
     order = np.lexsort(places.T[::-1])

@@ -79,8 +79,7 @@ class Slides:
         items = list_items(self.data, is_slide, "slide")
         check_labels(items, list(classes), self.data)
         bank = self._bank(classes)
-        if self.batch < 1:
-            raise UserError(f"{self.batch} tiles cannot be encoded at a time: raise --batch to 1 or more.")
+        self._check()
         together = PromptSet(tuple(dict.fromkeys(t for s in bank.sets for t in s.templates)), dict(classes))
         vectors = class_vectors(view, [*bank.sets, together], list(classes))
         found = self._pool(view, items, vectors, out)
@@ -92,6 +91,14 @@ class Slides:
         if any(item.label for item in items):
             return list(self._medians(view, items, list(classes), found))
         return list(self._answers(view, items, list(classes), found))
+
+    def _check(self) -> None:
+        if min(self.topk, default=0) < 1 or self.neighbours < 1:
+            raise UserError("pooling and smoothing take 1 tile or more: mend --topk or --neighbours.")
+        if self.batch < 1 or self.tiles.tile < 1 or self.tiles.magnification <= 0:
+            raise UserError(
+                "tiles need a size and a batch above 0: mend --batch, --tiles.tile or --tiles.magnification."
+            )
 
     def _bank(self, classes: dict[str, tuple[str, ...]]) -> PromptBank:
         if self.prompts is not None:
