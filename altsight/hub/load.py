@@ -16,7 +16,7 @@ from altsight.nn.resample import resized
 from altsight.train.run import pick_device
 from altsight.transfer.base import with_view
 
-READERS: tuple[str, ...] = ()
+READERS = ("openclip", "huggingface_dual", "timm")
 """Modules of this package, asked in this order. Each has `recognises(source) -> bool` and `read(source) -> Model`."""
 
 
