@@ -4,7 +4,9 @@ The public Python interface is `altsight.api`; its names are importable from her
 `import altsight` and `altsight --help` stay fast.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,3 +46,14 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module("altsight.api"), name)
     raise AttributeError(f"module 'altsight' has no attribute '{name}'")
+
+
+class _Package(ModuleType):
+    """Keeps `study` and `transfer` functions: an import of the folders of these names would put modules there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
