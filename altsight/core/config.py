@@ -35,6 +35,8 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
     """What follows the warm-up; step: a tenth from the share `step_at` of the run on."""
     step_at: float = 0.875
+    power: float = 1.0
+    """Of the linear schedule, whose rate is (1 - share of the run)^power: "poly" elsewhere."""
     min_lr: float = 0.0
     final_weight_decay: float | None = None
     """Weight decay at the end, reached on a half cosine (DINO); None: it stays."""

@@ -42,6 +42,6 @@ def _rates(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) ->
     if config.schedule == "cosine":
         return CosineLRScheduler(optimizer, t_initial=steps, lr_min=config.min_lr, **warmup)
     if config.schedule == "linear":
-        return PolyLRScheduler(optimizer, t_initial=steps, power=1.0, lr_min=config.min_lr, **warmup)
+        return PolyLRScheduler(optimizer, t_initial=steps, power=config.power, lr_min=config.min_lr, **warmup)
     milestones = [round(config.step_at * steps)] if config.schedule == "step" else []
     return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, warmup_prefix=False, **warmup)

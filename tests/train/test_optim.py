@@ -68,6 +68,8 @@ def test_schedule_is_linear_then_cosine() -> None:
 def test_the_other_schedules() -> None:
     linear = rates(dataclasses.replace(ONE, schedule="linear"))
     assert linear[10:] == pytest.approx([1 - n / 100 for n in range(10, 100)])
+    poly = rates(dataclasses.replace(ONE, schedule="linear", power=0.9))
+    assert poly[10:] == pytest.approx([(1 - n / 100) ** 0.9 for n in range(10, 100)])
     step = rates(dataclasses.replace(ONE, schedule="step", step_at=0.5))
     assert step[10:48] == [1.0] * 38 and step[52:] == pytest.approx([0.1] * 48)
     assert rates(dataclasses.replace(ONE, schedule="constant"))[10:] == [1.0] * 90
