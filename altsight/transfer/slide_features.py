@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,9 @@ from altsight.core.errors import UserError
 from altsight.data.slide import Slide, open_slide
 from altsight.data.tiles import Coords, Tiling, coloured, grid, read_coords, read_tiles, resize, tiling
 from altsight.evals.base import View
-from altsight.train.log import progress_bar
 from altsight.train.run import weights_hash
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,16 @@ class SlideFeatures:
     features: Tensor
 
 
-def slide_features(view: View, path: Path, config: TileConfig, batch: int, folder: Path) -> SlideFeatures:
+def _quiet(done: int, total: int) -> None:
+    pass
+
+
+def slide_features(
+    view: View, path: Path, config: TileConfig, batch: int, folder: Path, progress: Progress = _quiet
+) -> SlideFeatures:
     """Return the vectors of a slide; those in `folder` of the same weights, file and settings are taken from there.
+
+    progress: is told how many tiles of how many are done.
 
     Raises:
         UserError: the slide cannot be read, has no tile of this size, or none that is foreground.
@@ -66,7 +76,7 @@ def slide_features(view: View, path: Path, config: TileConfig, batch: int, folde
     known = _load(stored, made_of)
     if known is not None:
         return known
-    found = SlideFeatures(coords, how.span, *_encode(view, slide, coords, how, batch, path.name))
+    found = SlideFeatures(coords, how.span, *_encode(view, slide, coords, how, batch, progress))
     _save(stored, found, made_of)
     return found
 
@@ -97,16 +107,16 @@ def _coords_file(where: Path, slide: Path) -> Path:
     return next((path for path in found if path.is_file()), found[0])
 
 
-def _encode(view: View, slide: Slide, coords: Coords, how: Tiling, batch: int, name: str) -> tuple[Tensor, Tensor]:
+def _encode(
+    view: View, slide: Slide, coords: Coords, how: Tiling, batch: int, progress: Progress
+) -> tuple[Tensor, Tensor]:
     vectors, features = [], []
-    with progress_bar(transient=True) as bar:
-        task = bar.add_task(name[:16], total=len(coords), note="tiles")
-        for tiles in read_tiles(slide, coords, how, batch):
-            frozen, joint = view.vectors(resize(tiles, view.preprocess.size))
-            assert joint is not None, "the view of a dual encoder has joint vectors"
-            features.append(frozen)
-            vectors.append(joint)
-            bar.advance(task, len(tiles))
+    for tiles in read_tiles(slide, coords, how, batch):
+        frozen, joint = view.vectors(resize(tiles, view.preprocess.size))
+        assert joint is not None, "the view of a dual encoder has joint vectors"
+        features.append(frozen)
+        vectors.append(joint)
+        progress(batch * len(vectors), len(coords))
     return torch.cat(vectors), torch.cat(features)
 
 

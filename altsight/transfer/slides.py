@@ -22,12 +22,13 @@ from altsight.data.listing import Item, check_labels, list_items, read_classes
 from altsight.data.slide import SUFFIXES, open_slide
 from altsight.evals.base import Result, View
 from altsight.evals.features import content_hash
+from altsight.train.log import progress_bar
 from altsight.transfer.base import need_text
 from altsight.transfer.heatmap import draw_heatmap
 from altsight.transfer.medians import METRICS, spreads
 from altsight.transfer.pooling import neighbours, pooled
 from altsight.transfer.prompt_sets import PromptBank, PromptSet, class_vectors, draw_bank, read_bank
-from altsight.transfer.slide_features import SlideFeatures, TileConfig, slide_features, slide_name
+from altsight.transfer.slide_features import Progress, SlideFeatures, TileConfig, slide_features, slide_name
 
 Pooled = dict[str, Tensor]
 """Way of pooling -> scores of every set of prompts (sets, C)."""
@@ -107,16 +108,22 @@ class Slides:
 
     def _pool(self, view: View, items: Sequence[Item], vectors: Tensor, out: Path) -> list[Pooled]:
         """Return the scores of every slide; the last set is all prompts together. Slides are dealt out to the ranks."""
-        place = dist.start(view.device)
-        found = {
-            number: self._scores(self._features(view, items[number], out), vectors)
-            for number in range(place.rank, len(items), place.size)
-        }
+        place, found = dist.start(view.device), dict[int, Pooled]()
+        mine = range(place.rank, len(items), place.size)
+        with progress_bar() as bar:
+            task = bar.add_task("slides", total=len(mine), note="")
+
+            def tell(done: int, tiles: int) -> None:
+                bar.update(task, note=f"{min(done, tiles):,} of {tiles:,} tiles of this one")
+
+            for number in mine:
+                found[number] = self._scores(self._features(view, items[number], out, tell), vectors)
+                bar.advance(task)
         everywhere = {number: scores for part in dist.gather_objects(found) for number, scores in part.items()}
         return [everywhere[number] for number in range(len(items))]
 
-    def _features(self, view: View, item: Item, out: Path) -> SlideFeatures:
-        return slide_features(view, item.path, self.tiles, self.batch, out / "features")
+    def _features(self, view: View, item: Item, out: Path, *progress: Progress) -> SlideFeatures:
+        return slide_features(view, item.path, self.tiles, self.batch, out / "features", *progress)
 
     def _scores(self, found: SlideFeatures, vectors: Tensor) -> Pooled:
         index = neighbours(found.coords, self.neighbours, self.include_self)
