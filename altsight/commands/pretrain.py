@@ -15,8 +15,8 @@ from altsight.core.errors import UserError
 from altsight.data.prepared import open_prepared
 from altsight.methods import METHODS
 from altsight.recipes import demo_plan, missing_data, recipe
-from altsight.study.plan import TaskConfig, read_plan
-from altsight.study.run import online_probe, open_tasks
+from altsight.study.run import online_probe
+from altsight.study.tasks import TaskConfig, open_tasks, read_tasks
 from altsight.train.log import console
 from altsight.train.loop import Probe, Stopped
 from altsight.train.loop import pretrain as train
@@ -33,7 +33,7 @@ class Pretrain(Generic[M]):
     out: Path
     """Folder of the run."""
     probe: Path | None = None
-    """A study plan (TOML) whose first task is probed every --train.probe-every samples; the demo's otherwise."""
+    """A TOML file whose first task is probed every --train.probe-every samples; the demo's otherwise."""
 
 
 def pretrain(argv: Sequence[str]) -> int:
@@ -75,5 +75,5 @@ def _probe(run: Run[Any], plan: Path | None) -> Probe | None:
 
 
 def tasks_of(plan: Path | None) -> tuple[TaskConfig, ...]:
-    """Return the tasks of the file `plan`, or the demo's."""
-    return (read_plan(plan) if plan else demo_plan()).tasks
+    """Return the tasks of the file `plan` (a list of tasks, or a study's plan), or the demo's."""
+    return read_tasks(plan) if plan else demo_plan().tasks

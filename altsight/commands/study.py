@@ -16,14 +16,16 @@ from altsight.commands.pretrain import stopped, tasks_of
 from altsight.core import dist
 from altsight.core.config import write_json
 from altsight.core.errors import UserError
+from altsight.evals import find as find_evaluator
 from altsight.hub.load import load_view
 from altsight.recipes import demo_plan, study_plan
 from altsight.recipes.cost import Machine
 from altsight.recipes.show import as_json
 from altsight.recipes.show import show as show_recipes
 from altsight.study.plan import Plan
-from altsight.study.run import evaluate_shown, open_tasks
+from altsight.study.run import evaluate_shown
 from altsight.study.run import study as run_study
+from altsight.study.tasks import TaskConfig, open_tasks
 from altsight.train.loop import Stopped
 from altsight.train.run import pick_device
 
@@ -93,30 +95,58 @@ def _study(plan: Plan, out: Path) -> int:
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate trained runs with the same evaluators on the same data."""
+    """Evaluate runs, or anyone's weights, with the same evaluators on the same data."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs."""
+    weights: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of runs, files of weights, or names such as timm:MODEL."""
     tasks: Path | None = None
-    """A study plan (TOML) whose tasks are used; the demo's tasks on the sample data otherwise."""
+    """A TOML file of tasks, or a study's plan; the demo's tasks on the sample data where there is no --data."""
+    data: str = ""
+    """Instead of --tasks: a folder with a folder of images for each class, or other labelled data, to be classified."""
+    label: str = "label"
+    """JSON field with the class, where --data is not a folder of folders."""
+    classes: str = ""
+    """File of class names for --data: one a line in the order of the labels, or JSON {label: name}; or "imagenet"."""
+    templates: str = ""
+    """Prompts for --data: a file with one a line, or a named set such as imagenet, imagenet7 or cifar10."""
+    subset: str = ""
+    """The classes that --data has, where logits are restricted: a file, imagenet-a or imagenet-r."""
     evaluators: tuple[str, ...] = ()
-    """Names of evaluators; all where none is given."""
+    """Names of evaluators; the standard ones where none is given."""
     out: Path | None = None
     """A JSON file for the results."""
 
+    def configs(self) -> tuple[TaskConfig, ...]:
+        """Return the tasks that are asked for.
+
+        Raises:
+            UserError: options that do not go together, or a file of tasks that is wrong.
+        """
+        of_data = {name: getattr(self, name) for name in ("classes", "templates", "subset")}
+        if self.data and self.tasks:
+            raise UserError("give --tasks or --data, not both: what --data says can stand in the file of tasks.")
+        if self.data:
+            name = Path(self.data.rstrip("/")).name
+            return (TaskConfig(name, test=self.data, label=self.label, captions=("{txt}",), **of_data),)
+        if alone := next((name for name, value in of_data.items() if value), ""):
+            raise UserError(f"--{alone} is about --data: give both, or write it into the file of tasks.")
+        return tasks_of(self.tasks)
+
 
 def evaluate_runs(argv: Sequence[str]) -> int:
-    """`altsight eval RUN ...`."""
+    """`altsight eval WEIGHTS ...`."""
     options = tyro.cli(Eval, args=argv, prog="altsight eval")
-    if not options.runs:
-        raise UserError("no run to evaluate: give the --out folder of `altsight pretrain`.")
+    if not options.weights:
+        raise UserError("no weights to evaluate: give the --out folder of `altsight pretrain`, or anyone's weights.")
+    for name in options.evaluators:
+        find_evaluator(name)
     dist.start(pick_device("auto"))
-    tasks = open_tasks(tasks_of(options.tasks))
     found = {}
     try:
-        for folder in options.runs:
-            results = evaluate_shown(load_view(str(folder)), tasks, options.evaluators or None)
-            found[str(folder)] = [asdict(r) for r in results]
+        tasks = open_tasks(options.configs())
+        for source in options.weights:
+            results = evaluate_shown(load_view(source), tasks, options.evaluators or None)
+            found[source] = [asdict(r) for r in results]
         if dist.world().is_main:
             print_results(found)
             if options.out is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altsight.core.errors import UserError
+from altsight.data.index import ROW, Index
 from altsight.data.sources import Pairs
 from altsight.data.views import center_crop
 from altsight.nn.encoder import Encoded, Encoder, FeaturePoint
@@ -38,6 +39,8 @@ class Preprocess:
     normalization: str = "imagenet"
     crop_ratio: float = 1.0
     interpolation: str = "bicubic"
+    squash: bool = False
+    """Both sides are resized alike, whatever the aspect ratio (SigLIP)."""
 
     def hash(self) -> str:
         """Return 12 hex digits that name this preprocessing."""
@@ -45,7 +48,13 @@ class Preprocess:
 
     def __call__(self, data: bytes) -> Tensor:
         """Return uint8 (3, size, size)."""
-        return center_crop(data, self.size, self.crop_ratio)
+        return center_crop(data, self.size, self.crop_ratio, self.interpolation, self.squash)
+
+    def words(self) -> str:
+        """Return what it does to an image, in words; zero-shot and retrieval report it (specification D1.6)."""
+        side = round(self.size / self.crop_ratio)
+        resized = f"{side} x {side}" if self.squash else f"shorter side {side}"
+        return f"{resized} ({self.interpolation}), centre {self.size} x {self.size}, {self.normalization}"
 
 
 @dataclass(frozen=True)
@@ -61,11 +70,37 @@ class Split:
         return len(self.source)
 
 
+def no_split(name: str) -> Split:
+    """Return a split without samples: of a task that has only a test set, or only pictures to choose among."""
+    return Split(name, Pairs(Index((), np.empty(0, ROW))))
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Images and captions that compete: image i and caption i belong together, further captions are wrong.
+
+    images: paths. group: what is averaged by itself, as SugarCrepe's `swap_obj`.
+    """
+
+    images: tuple[str, ...]
+    captions: tuple[str, ...]
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Rating:
+    """How alike people find two things: each is ("image" or "caption", its id)."""
+
+    first: tuple[str, str]
+    second: tuple[str, str]
+    score: float
+
+
 @dataclass(frozen=True)
 class Task:
     """What is evaluated: data with optional labels and captions.
 
-    label: JSON field with the class of a sample. prompts: templates with one `{}` for the class name (zero-shot).
+    Evaluators take what they need of it, and yield nothing where that is absent.
     """
 
     name: str
@@ -73,7 +108,37 @@ class Task:
     val: Split
     test: Split
     label: str = ""
+    """JSON field with the class of a sample."""
     prompts: tuple[str, ...] = ("{}",)
+    """Templates with one `{}` for the class name (zero-shot)."""
+    classes: Mapping[str, str] = field(default_factory=dict)
+    """Label -> the name that stands in the prompts, in the order of the class ids; samples of other classes are left
+    out. Empty: every label that occurs, sorted, its name the label in words."""
+    multi_label: bool = False
+    """The field `label` holds a list, and the metrics are `map11` and `map`."""
+    metrics: tuple[str, ...] = ("top1", "top5", "mean_class")
+    """Zero-shot metrics of a single label; known are also `top1_top5` and, of two classes, `roc_auc`."""
+    caption_prompt: str = "{}"
+    """What stands around a caption in retrieval, as "a photo of {}"."""
+    clean: Task | None = None
+    """The task whose accuracy this one's is compared with (robustness)."""
+    contests: tuple[Contest, ...] = ()
+    """Images and captions to be matched (compositional)."""
+    ratings: tuple[Rating, ...] = ()
+    """Similarities that people gave to images and captions of the test split (rated)."""
+    image_id: str = ""
+    """JSON field with the id by which the ratings name an image."""
+    caption_ids: str = ""
+    """JSON field with the list of ids by which they name its captions, in order; empty: their text."""
+    corrupted_errors: Mapping[str, float] = field(default_factory=dict)
+    """Corruption -> the mean error of the baseline, relative to which the mCE is given (corruptions)."""
+    group: str = ""
+    """The group of a suite that this task belongs to, as VTAB's "natural" (fewshot)."""
+
+    @property
+    def trains_probe(self) -> bool:
+        """True if there are images with a single label to train a probe on, and to choose its strength by."""
+        return bool(self.label) and not self.multi_label and bool(len(self.train)) and bool(len(self.val))
 
 
 @dataclass(frozen=True)
@@ -131,6 +196,8 @@ class View:
     """bfloat16 computes the encoder in mixed precision, as it was trained; the features are fp32 in any case."""
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
     """Features that were already extracted, by the name of what they come from."""
+    store: Path | None = None
+    """Folder where extracted features are kept for later commands; None: they are kept in memory only."""
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,10 @@ from altsight.evals.base import Result, View
 
 RESAMPLES = 2000
 LEVEL = 0.95
+BLOCK_ELEMENTS = 2**21
+"""Counts of resamples held at a time."""
+
+Statistic = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,35 @@ def class_interval(hits: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) ->
     return Interval(float((right / sizes).mean()), float(low), float(high))
 
 
+def statistic_interval(statistic: Statistic, n: int, seed: int = 0) -> Interval:
+    """Return a statistic of `n` test items that is no mean of them (a mean average precision), with its interval.
+
+    Args:
+        statistic: counts (r, n), how often each item was drawn in each of r resamples -> values (r,).
+    """
+    if not n:
+        raise UserError("an interval needs at least one test item, and the split has none.")
+    draw = key(seed, 0, "bootstrap").generator()
+    block = max(1, BLOCK_ELEMENTS // n)
+    sizes = [min(block, RESAMPLES - start) for start in range(0, RESAMPLES, block)]
+    values = [statistic(draw.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)) for size in sizes]
+    low, high = np.nanquantile(np.concatenate(values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(statistic(np.ones((1, n)))[0]), float(low), float(high))
+
+
+def unpaired_difference(hits_a: npt.ArrayLike, hits_b: npt.ArrayLike, seed: int = 0) -> Interval:
+    """Return mean(a) - mean(b) of hits over different test items, with its interval; each set is resampled by itself.
+
+    Args:
+        hits_a, hits_b: (n,) and (m,), 0 or 1 for each test item.
+    """
+    a, b = np.asarray(hits_a, dtype=np.float64), np.asarray(hits_b, dtype=np.float64)
+    draw = key(seed, 0, "bootstrap").generator()
+    drawn = [draw.binomial(len(hits), hits.mean(), RESAMPLES) / len(hits) for hits in (a, b)]
+    low, high = np.quantile(drawn[0] - drawn[1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(a.mean() - b.mean()), float(low), float(high))
+
+
 def paired_difference(
     correct_a: npt.ArrayLike, correct_b: npt.ArrayLike, groups: npt.ArrayLike | None = None, seed: int = 0
 ) -> Interval:
@@ -91,7 +125,7 @@ def scored(view: View, hits: npt.ArrayLike, group_sizes: npt.ArrayLike | None = 
         group_sizes: number of consecutive items of each group, where items are not independent.
     """
     correct = np.asarray(hits, dtype=bool)
-    extra = {**fields.pop("extra", {}), "hits": base64.b64encode(np.packbits(correct).tobytes()).decode()}
+    extra = {**fields.pop("extra", {}), "seed": 0, "hits": base64.b64encode(np.packbits(correct).tobytes()).decode()}
     if group_sizes is not None:
         extra["group_sizes"] = np.asarray(group_sizes).tolist()
     result = Result(n=len(correct), preprocess=view.preprocess.hash(), value=None, extra=extra, **fields)

@@ -27,6 +27,8 @@ def collapse(view: View, task: Task) -> Iterator[Result]:
     lower is more even. alignment_flip: between an image and its mirror image. alignment_pairs: between an image and its
     first caption in the joint space of a dual encoder.
     """
+    if len(task.test) < 2:
+        return
     extracted = extract(view, task.test)
     rows = _spread(len(extracted.kept), MAX_IMAGES)
     if len(rows) < 2:

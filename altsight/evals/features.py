@@ -1,4 +1,4 @@
-"""Frozen features, labels and captions of a split: extracted once per view, sharded over ranks.
+"""Frozen features, labels and captions of a split: extracted once per view, or once on disk, sharded over ranks.
 
 Blocks of `view.batch_size` consecutive samples are dealt out to the ranks, so that every batch holds the same samples
 whatever the number of ranks, and the features are equal to the last bit.
@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +22,7 @@ from altsight.core.dist import gather_objects, world
 from altsight.core.errors import UserError
 from altsight.data.decode import BrokenImage
 from altsight.data.sources import Pairs
+from altsight.evals import store
 from altsight.evals.base import Preprocess, Split, Task, View
 
 T = TypeVar("T")
@@ -80,7 +82,7 @@ def extract(view: View, split: Split) -> Extracted:
     # The entry holds its source, so the id cannot pass to another object while the entry lives.
     name = f"features/{id(split.source)}"
     if name not in view.cache:
-        view.cache[name] = _extract(view, split)
+        view.cache[name] = _extract(view, split) if view.store is None else _stored(view, split, view.store)
     return cast(Extracted, view.cache[name])
 
 
@@ -101,30 +103,39 @@ def labelled(view: View, task: Task, split: Split) -> Labelled:
         UserError: there are none.
     """
     extracted, names, classes = extract(view, split), labels_of(split, task.label), classes_of(task)
-    rows = [row for row, sample in enumerate(extracted.kept) if names[sample]]
+    ids = {name: i for i, name in enumerate(classes)}
+    rows = [row for row, sample in enumerate(extracted.kept) if names[sample] in ids]
     if not rows:
         raise UserError(
             f"the split '{split.name}' of the task '{task.name}' has no image with a '{task.label}': mend it."
         )
-    ids = {name: i for i, name in enumerate(classes)}
     labels = [names[extracted.kept[row]] for row in rows]
-    unlabelled = len(extracted.kept) - len(rows)
+    unlabelled = sum(not names[sample] for sample in extracted.kept)
+    outside = len(extracted.kept) - len(rows) - unlabelled
     return Labelled(
         extracted.vectors[rows],
         torch.tensor([ids[name] for name in labels], dtype=torch.int64),
         tuple(rows),
         content_hash((extracted.digests[row], name) for row, name in zip(rows, labels, strict=True)),
-        left_out(split, {"a broken image": extracted.broken, "no label": unlabelled}),
+        left_out(
+            split, {"a broken image": extracted.broken, "no label": unlabelled, "a class outside of the set": outside}
+        ),
     )
 
 
 def classes_of(task: Task) -> tuple[str, ...]:
-    """Return the sorted names of all classes in the three splits.
+    """Return the labels of the task's classes, or the sorted labels of all three splits where it names none.
 
     Raises:
         UserError: no sample has the task's label.
     """
-    names = {name for split in (task.train, task.val, task.test) for name in labels_of(split, task.label)} - {""}
+    if task.classes:
+        return tuple(task.classes)
+    splits = (task.train, task.val, task.test)
+    if task.multi_label:
+        names = {name for split in splits for several in label_lists_of(split, task.label) for name in several}
+    else:
+        names = {name for split in splits for name in labels_of(split, task.label)} - {""}
     if not names:
         raise UserError(f"no sample of the task '{task.name}' has a JSON field '{task.label}': name another label.")
     return tuple(sorted(names))
@@ -138,6 +149,16 @@ def labels_of(split: Split, field: str) -> list[str]:
         return "" if value is None else str(value)
 
     return _each(split, f"labels/{field}", read)
+
+
+def label_lists_of(split: Split, field: str) -> list[tuple[str, ...]]:
+    """Return the labels of every sample of `split`, whose field holds a list of them; () where it has none."""
+
+    def read(i: int) -> tuple[str, ...]:
+        value = split.source.fields(i).get(field)
+        return tuple(map(str, value)) if isinstance(value, list) else () if value is None else (str(value),)
+
+    return _each(split, f"label lists/{field}", read)
 
 
 def captions_of(split: Split) -> list[list[str]]:
@@ -180,6 +201,30 @@ def finite(vectors: Tensor, view: View) -> Tensor:
             f"'{view.name}' yields features that are not finite: its training diverged, or its weights are damaged."
         )
     return vectors
+
+
+def _stored(view: View, split: Split, folder: Path) -> Extracted:
+    """Return the features of `split` from `folder`, or extract them and put them there."""
+    digests = _each(split, "digests", lambda i: _digest(split.source, i))
+    path = store.place(folder, view, split.name, digests)
+    found = store.read(path)
+    # The ranks extract together or not at all.
+    if not all(gather_objects(found is not None)) or found is None:
+        extracted = _extract(view, split)
+        tensors = {"vectors": extracted.vectors, "kept": torch.tensor(extracted.kept)}
+        if world().is_main:
+            store.write(path, tensors if extracted.joint is None else tensors | {"joint": extracted.joint})
+        return extracted
+    kept = tuple(found["kept"].tolist())
+    return Extracted(split.source, found["vectors"], found.get("joint"), kept, tuple(digests[i] for i in kept))
+
+
+def _digest(source: Pairs, i: int) -> str:
+    """Return the SHA-256 of an encoded image; "" where it cannot be read."""
+    try:
+        return hashlib.sha256(source.image(i)).hexdigest()
+    except BrokenImage:
+        return ""
 
 
 def _extract(view: View, split: Split) -> Extracted:

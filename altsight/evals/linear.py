@@ -37,20 +37,14 @@ FINEST_STEP = 1 / 8
 
 def linear(view: View, task: Task) -> Iterator[Result]:
     """Yield the top-1 accuracy of the linear probe: strength chosen on val, refitted on train + val, scored on test."""
-    if not task.label:
+    if not task.trains_probe:
         return
     train, val, test = (labelled(view, task, split) for split in (task.train, task.val, task.test))
-    probe = Probe(train.vectors, train.labels, view.device)
-    accuracies = sweep(lambda strength: _accuracy(probe.fit(strength), val))
-    exponent = _peak(accuracies)
-    vectors, labels = torch.cat([train.vectors, val.vectors]), torch.cat([train.labels, val.labels])
-    fit = Probe(vectors, labels, view.device).fit(10**exponent)
+    chosen = choose(train, val, view.device)
     classes = len(classes_of(task))
-    edge = "the best L2 strength lies at the end of the range" if abs(exponent) == max(COARSE) else ""
-    short = "" if fit.converged else f"the last fit stopped after {fit.iterations} iterations, short of its tolerance"
     yield scored(
         view,
-        fit.predict(test.vectors) == test.labels,
+        chosen.fit.predict(test.vectors) == test.labels,
         task=task.name,
         evaluator="linear",
         metric="top1",
@@ -58,14 +52,36 @@ def linear(view: View, task: Task) -> Iterator[Result]:
         split=task.test.name,
         feature_point=view.feature_point,
         data=content_hash([train.data, val.data, test.data]),
-        note=join_notes(train.note, val.note, test.note, edge, short),
+        note=join_notes(train.note, val.note, test.note, chosen.note),
         extra={
-            "strength": 10**exponent,
-            "val_top1": accuracies[exponent],
+            "strength": chosen.strength,
+            "val_top1": chosen.val_top1,
             "classes": classes,
-            "commonest": rate_of_commonest(labels, test.labels),
+            "commonest": rate_of_commonest(torch.cat([train.labels, val.labels]), test.labels),
         },
     )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The probe at the strength that did best on the validation samples, fitted to them and the training samples."""
+
+    fit: Fit
+    strength: float
+    val_top1: float
+    note: str
+
+
+def choose(train: Labelled, val: Labelled, device: torch.device | str = "cpu") -> Chosen:
+    """Return the probe whose strength is chosen on `val`, refitted on `train` and `val`."""
+    probe = Probe(train.vectors, train.labels, device)
+    accuracies = sweep(lambda strength: _accuracy(probe.fit(strength), val))
+    exponent = _peak(accuracies)
+    vectors, labels = torch.cat([train.vectors, val.vectors]), torch.cat([train.labels, val.labels])
+    fit = Probe(vectors, labels, device).fit(10**exponent)
+    edge = "the best L2 strength lies at the end of the range" if abs(exponent) == max(COARSE) else ""
+    short = "" if fit.converged else f"the last fit stopped after {fit.iterations} iterations, short of its tolerance"
+    return Chosen(fit, 10**exponent, accuracies[exponent], join_notes(edge, short))
 
 
 def sweep(accuracy: Callable[[float], float]) -> dict[float, float]:

@@ -55,7 +55,7 @@ def retrieval(view: View, task: Task) -> Iterator[Result]:
     extracted = extract(view, task.test)
     rows = [row for row, sample in enumerate(extracted.kept) if captions[sample]]
     used = [captions[extracted.kept[row]] for row in rows]
-    gallery = _gallery(view, joint_vectors(view, task.test)[rows], used)
+    gallery = _gallery(view, joint_vectors(view, task.test)[rows], used, task.caption_prompt)
     shared = Counter(text for texts in used for text in set(texts))
     several = sum(shared[text] > 1 for texts in used for text in texts)
     note = left_out(task.test, {"a broken image": extracted.broken, "no caption": len(extracted.kept) - len(rows)})
@@ -79,7 +79,13 @@ def retrieval(view: View, task: Task) -> Iterator[Result]:
                 feature_point=f"{view.feature_point}, projected",
                 data=data,
                 note=join_notes(note, f"{several:,} captions belong to several images" if several else ""),
-                extra={"images": len(rows), "captions": len(gallery.owners), "shared_captions": several},
+                extra={
+                    "images": len(rows),
+                    "captions": len(gallery.owners),
+                    "shared_captions": several,
+                    "caption_prompt": task.caption_prompt,
+                    "preprocess": view.preprocess.words(),
+                },
             )
 
 
@@ -115,12 +121,12 @@ def ranks(scores: Tensor, target: Tensor) -> Tensor:
     return ((scores > own) | ((scores == own) & earlier)).sum(dim=1)
 
 
-def _gallery(view: View, images: Tensor, captions: list[list[str]]) -> Gallery:
+def _gallery(view: View, images: Tensor, captions: list[list[str]], prompt: str) -> Gallery:
     flat = [text for texts in captions for text in texts]
     distinct = {text: i for i, text in enumerate(dict.fromkeys(flat))}
     return Gallery(
         images,
-        finite(view.encode_text(list(distinct)), view),
+        finite(view.encode_text([prompt.replace("{}", text) for text in distinct]), view),
         torch.tensor([distinct[text] for text in flat]),
         torch.tensor([image for image, texts in enumerate(captions) for _ in texts]),
     )

@@ -13,7 +13,7 @@ from altsight.evals.base import Task
 from altsight.methods import METHODS
 from altsight.recipes.library import STUDIES, data_sets, recipes
 from altsight.study.plan import SAMPLES, Budget, Plan, read_plan, sources
-from altsight.study.run import open_tasks
+from altsight.study.tasks import open_tasks
 from altsight.train.run import Run, default_run, pick_precision
 
 SAMPLE = "sample_"

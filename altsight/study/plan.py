@@ -17,6 +17,7 @@ from altsight.data.samples import check_samples
 from altsight.data.samples import locate as locate
 from altsight.methods import METHODS, find
 from altsight.nn.encoder import EncoderConfig
+from altsight.study.tasks import SPLITS, TaskConfig
 from altsight.train.run import DataConfig, Run, TrainConfig, default_run
 
 PROBES = 8
@@ -70,19 +71,6 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class TaskConfig:
-    """What is evaluated: three splits of one data set, tar shards or `samples:NAME/SPLIT`."""
-
-    name: str
-    train: str
-    val: str
-    test: str
-    label: str = ""
-    captions: tuple[str, ...] = ("{txt}",)
-    prompts: tuple[str, ...] = ("{}",)
-
-
-@dataclass(frozen=True)
 class Plan:
     """A like-for-like study: every arm gets the same encoder, data order and budget, and the same evaluation.
 
@@ -125,6 +113,9 @@ class Plan:
             raise UserError(f"seeds: {list(self.seeds)} must name each seed once, and at least one.")
         if not self.tasks or len({task.name for task in self.tasks}) < len(self.tasks):
             raise UserError("tasks: name at least one task to evaluate on, each under a name of its own.")
+        for task in self.tasks:
+            if missing := [split for split in SPLITS if not getattr(task, split)]:
+                raise UserError(f"tasks: '{task.name}' has no `{missing[0]}`, which a study probes with.")
         if (self.source is None) == (not self.data.path):
             raise UserError("data.path: give a prepared folder here, or raw shards under [source]; one of the two.")
         for word in sources(self):
@@ -188,9 +179,7 @@ def _anchored(plan: Plan, folder: Path) -> Plan:
     def anchor(word: str) -> str:
         return word if not word or word.startswith(SAMPLES) else str(folder / word)
 
-    tasks = tuple(
-        dataclasses.replace(t, train=anchor(t.train), val=anchor(t.val), test=anchor(t.test)) for t in plan.tasks
-    )
+    tasks = tuple(task.anchored(folder) for task in plan.tasks)
     source = plan.source and dataclasses.replace(plan.source, path=anchor(plan.source.path))
     data = dataclasses.replace(plan.data, path=anchor(plan.data.path))
     return dataclasses.replace(plan, tasks=tasks, source=source, data=data)

@@ -24,19 +24,20 @@ from altsight.core import dist
 from altsight.core.config import from_dict, read_json, to_dict, write_json
 from altsight.core.errors import UserError
 from altsight.core.rng import key
-from altsight.data.prepare import PrepareConfig, prepare, read_pairs
+from altsight.data.prepare import PrepareConfig, prepare
 from altsight.data.prepared import Prepared, open_prepared
-from altsight.evals import EVALUATORS, evaluate
+from altsight.evals import STANDARD, evaluate
 from altsight.evals.base import Preprocess, Result, Split, Task, View
 from altsight.evals.load import load_method, view_of
 from altsight.methods.base import Corpus, Method
 from altsight.nn.encoder import Encoder
 from altsight.study.budget import resolve
 from altsight.study.pairs import data_of
-from altsight.study.plan import Plan, TaskConfig, locate
+from altsight.study.plan import Plan, locate
 from altsight.study.report import write_report
 from altsight.study.result import UNTRAINED, Arm, Evaluation, Kind, StudyResult, save_study
 from altsight.study.table import print_table
+from altsight.study.tasks import open_tasks
 from altsight.train.log import console, progress_bar
 from altsight.train.loop import Probe, pretrain
 from altsight.train.run import TrainConfig, build, pick_device, pick_precision, weights_hash
@@ -107,22 +108,6 @@ def open_data(plan: Plan, directory: Path) -> Prepared:
         )
     dist.barrier()
     return open_prepared(out)
-
-
-def open_tasks(configs: Sequence[TaskConfig]) -> list[Task]:
-    """Return the tasks with their splits read.
-
-    Raises:
-        UserError: a split cannot be read.
-    """
-    tasks = []
-    for config in configs:
-        splits = {
-            name: Split(name, read_pairs(locate(getattr(config, name)), config.captions, config.label))
-            for name in ("train", "val", "test")
-        }
-        tasks.append(Task(config.name, **splits, label=config.label, prompts=config.prompts))
-    return tasks
 
 
 def check_same_start(plan: Plan, prepared: Prepared, seed: int) -> dict[str, dict[str, int]]:
@@ -261,7 +246,7 @@ def _probe(view: View, task: Task) -> dict[str, float]:
 
 def evaluate_shown(view: View, tasks: Sequence[Task], names: Sequence[str] | None = None) -> list[Result]:
     """Return what `altsight.evals.evaluate` does, under a progress bar."""
-    total = len(tasks) * len(EVALUATORS if names is None else names)
+    total = len(tasks) * len(STANDARD if names is None else names)
     with progress_bar() as bar:
         task = bar.add_task("evaluation", total=total, note="")
         steps = count()

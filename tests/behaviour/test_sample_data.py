@@ -27,7 +27,8 @@ from altsight.evals.load import load_method, view_of
 from altsight.evals.zeroshot import classifier
 from altsight.methods.base import Corpus
 from altsight.study.plan import Plan, read_plan
-from altsight.study.run import open_data, open_tasks
+from altsight.study.run import open_data
+from altsight.study.tasks import open_tasks
 from altsight.train.loop import pretrain
 from altsight.train.run import build, pick_device
 

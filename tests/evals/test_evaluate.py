@@ -7,7 +7,7 @@ import pytest
 
 from altsight.core.config import from_dict, to_dict
 from altsight.core.errors import UserError
-from altsight.evals import EVALUATORS, evaluate, find
+from altsight.evals import EVALUATORS, STANDARD, evaluate, find
 from altsight.evals.base import Result, Task
 from tests.evals.conftest import ColourEncoder, make_view
 
@@ -26,10 +26,10 @@ def test_an_unknown_evaluator_is_refused_before_any_work(colours: Task) -> None:
 def test_all_evaluators_share_one_extraction(colours: Task) -> None:
     encoder, steps = ColourEncoder(), list[str]()
     results = evaluate(make_view(encoder, dual=True), [colours], progress=steps.append)
-    assert steps == [f"colours: {name}" for name in EVALUATORS]
+    assert steps == [f"colours: {name}" for name in STANDARD]
     # Three splits of 24, and the mirrored test images of the alignment meter.
     assert encoder.encoded == 4 * 24
-    assert {r.evaluator for r in results} == set(EVALUATORS)
+    assert {r.evaluator for r in results} == set(STANDARD)
 
 
 def test_every_number_says_what_it_means(colours: Task) -> None:

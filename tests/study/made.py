@@ -12,8 +12,9 @@ from altsight.core.config import to_dict
 from altsight.evals.base import Result
 from altsight.evals.bootstrap import interval
 from altsight.nn.encoder import EncoderConfig
-from altsight.study.plan import Budget, Plan, TaskConfig
+from altsight.study.plan import Budget, Plan
 from altsight.study.result import Arm, Kind, StudyResult
+from altsight.study.tasks import TaskConfig
 from altsight.train.run import DataConfig, TrainConfig
 from altsight.train.state import Summary
 

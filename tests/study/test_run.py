@@ -16,19 +16,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import altsight.study.run as study_run
 from altsight.core.errors import UserError
 from altsight.core.rng import key
 from altsight.data.prepare import PrepareConfig, prepare
 from altsight.data.prepared import open_prepared
 from altsight.evals import evaluate
 from altsight.nn.encoder import EncoderConfig
+from altsight.study import run as study_run
 from altsight.study.budget import resolve
 from altsight.study.certificate import certify
 from altsight.study.pairs import data_of
-from altsight.study.plan import Budget, Plan, SourceConfig, TaskConfig
+from altsight.study.plan import Budget, Plan, SourceConfig
 from altsight.study.result import load_study
 from altsight.study.run import study
+from altsight.study.tasks import TaskConfig
 from altsight.train.loop import Stopped
 from altsight.train.run import DataConfig, TrainConfig
 

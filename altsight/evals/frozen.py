@@ -1,0 +1,66 @@
+"""One frozen classifier for clean and changed images: zero-shot with a text tower, a linear probe otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from altsight.core.errors import UserError
+from altsight.evals.base import Split, Task, View
+from altsight.evals.features import Labelled, classes_of, joint_vectors, labelled
+from altsight.evals.linear import choose
+from altsight.evals.zeroshot import class_vectors, names_of
+
+
+@dataclass(frozen=True)
+class FrozenClassifier:
+    """Scores for the labels `classes` of a task: vectors @ weight + bias.
+
+    kind: "zeroshot" reads the vectors in the joint space, "linear" the features. weight: (D, K). bias: (K,).
+    """
+
+    kind: Literal["zeroshot", "linear"]
+    weight: Tensor
+    bias: Tensor
+    classes: tuple[str, ...]
+
+    def hits(self, view: View, task: Task, split: Split) -> tuple[Tensor, Labelled]:
+        """Return which samples (n,) of `split` it answers rightly, among the classes of `task`, and these samples.
+
+        Raises:
+            UserError: the task has a class that this classifier does not know.
+        """
+        wanted = classes_of(task)
+        unknown = sorted(set(wanted) - set(self.classes))
+        if unknown:
+            raise UserError(
+                f"the class '{unknown[0]}' of the task '{task.name}' is none that the classifier was made for: give "
+                "both tasks the same labels."
+            )
+        columns = torch.tensor([self.classes.index(label) for label in wanted])
+        test = labelled(view, task, split)
+        vectors = joint_vectors(view, split)[list(test.rows)] if self.kind == "zeroshot" else test.vectors
+        scores = vectors.double() @ self.weight[:, columns] + self.bias[columns]
+        return scores.argmax(dim=1) == test.labels, test
+
+
+def frozen_classifier(view: View, task: Task) -> FrozenClassifier:
+    """Return the classifier of `view` for the classes of `task`.
+
+    Raises:
+        UserError: the view has no text tower, and the task no images to train a probe on.
+    """
+    classes = classes_of(task)
+    if view.is_dual:
+        weight = class_vectors(view, names_of(task), task.prompts).T.double()
+        return FrozenClassifier("zeroshot", weight, torch.zeros(len(classes), dtype=torch.float64), classes)
+    if not task.trains_probe:
+        raise UserError(
+            f"'{view.name}' has no text tower, so the task '{task.name}' needs `train` and `val` for a linear probe."
+        )
+    train, val = (labelled(view, task, split) for split in (task.train, task.val))
+    fit = choose(train, val, view.device).fit
+    return FrozenClassifier("linear", fit.weight, fit.bias, tuple(classes[int(i)] for i in fit.classes))
