@@ -65,8 +65,8 @@ def corruptions(view: View, task: Task) -> Iterator[Result]:
         of_severity = []
         for severity in SEVERITIES:
             split = Split(task.test.name, Changed.of(task.test.source, corruption(name, severity)))
-            # Its own cache: 75 sets of features would otherwise be kept.
-            missed = ~classifier.hits(replace(view, cache={}), task, split)[0]
+            # Not kept: 75 sets of features would fill memory and disk.
+            missed = ~classifier.hits(replace(view, cache={}, store=None), task, split)[0]
             of_severity.append(missed.double().numpy())
         errors[name] = np.mean(of_severity, axis=0)
         severities = [float(missed.mean()) for missed in of_severity]
