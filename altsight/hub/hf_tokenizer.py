@@ -1,10 +1,12 @@
-"""Tokenizers of Hugging Face's transformers as a `Tokenizer`: from a folder, or by name where there is a network."""
+"""Tokenizers of Hugging Face's transformers as a `Tokenizer`, and a `Tokenizer` as a folder of transformers."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import normalizers, processors
 
 from altsight.core.errors import UserError
 from altsight.data.clean import Clean, TextRules
@@ -53,3 +55,44 @@ def _fetch(name: str) -> Any:
             f"the tokenizer '{name}' cannot be loaded ({reason}): give a folder with tokenizer.json, or connect to a "
             "network."
         ) from None
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int, pad_with_end: bool = False) -> None:
+    """Write `tokenizer` to `folder` so that transformers' AutoTokenizer gives the same ids, framed in the same way.
+
+    A text that spells a special token is an exception: transformers always takes it for the token. OpenCLIP's repair of
+    broken texts is left out, since OpenCLIP does it itself, and transformers cannot.
+
+    Args:
+        context: longest text in tokens.
+        pad_with_end: the padding is the end token, whatever the tokenizer's own is.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    rules, model = tokenizer.rules, tokenizers.Tokenizer.from_str(tokenizer.model.to_str())
+    names = {role: str(model.id_to_token(getattr(tokenizer, role))) for role in ("start", "end", "pad")}
+    if rules.clean in ("letters", "canonicalize"):
+        model.normalizer = _without_punctuation(model.normalizer, rules.clean == "canonicalize")
+    elif rules.clean == "lower":
+        spaces = [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+        model.normalizer = normalizers.Sequence([*spaces, *([model.normalizer] if model.normalizer else [])])
+    used = [names["start"], names["end"]] if rules.start else [names["end"]]
+    special = [(name, model.token_to_id(name)) for name in used]
+    model.post_processor = processors.TemplateProcessing(" ".join([*used[:-1], "$A", used[-1]]), special_tokens=special)
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=model,
+        eos_token=names["end"],
+        pad_token=names["end" if pad_with_end else "pad"],
+        padding_side="left" if rules.pad_left else "right",
+        model_max_length=context,
+        **({"bos_token": names["start"]} if rules.start else {}),
+    )
+    fast.save_pretrained(folder)
+
+
+def _without_punctuation(then: Any, underscores: bool) -> Any:
+    """Return the normalizer that drops ASCII's punctuation, and goes on with `then`."""
+    steps: list[Any] = [normalizers.Replace("_", " ")] if underscores else []
+    steps += [normalizers.Lowercase(), normalizers.Replace(tokenizers.Regex(r"[!-/:-@\[-`{-~]"), "")]
+    steps += [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()]
+    return normalizers.Sequence([*steps, *([then] if then is not None else [])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from altsight.core.rng import key
+from altsight.data.text import train_tokenizer
+from altsight.evals.load import view_of
+from altsight.hub.dual import as_model, position_table
 from altsight.hub.load import load_model
 from altsight.hub.model import Model
+from altsight.hub.openclip_write import load_back, write
+from altsight.methods.base import Corpus, Method
+from altsight.methods.clip import CLIP
+from altsight.methods.lit import LiT
+from altsight.methods.siglip import SigLIP
+from altsight.methods.slip import SLIP
+from altsight.nn.encoder import Encoder, EncoderConfig
+from altsight.nn.text import TextConfig
 
 TEXTS = ["a photo of a dog", "", "two red circles; 3 <end_of_text> more", "word " * 100]
 VISION = {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
@@ -133,3 +146,76 @@ def test_features_and_logits_are_the_librarys(name: str, tmp_path: Path) -> None
     torch.testing.assert_close(ours / model.logit_scale, logits / model.logit_scale, atol=1e-5, rtol=0)
     assert model.found.left_over == model.found.missing == ()
     assert image.std() > 0.01, "vectors that are all alike would agree with anything"
+
+
+def state_of(model: Model) -> dict[str, Tensor]:
+    """Return the weights, the bias of the patches within the positions, where OpenCLIP's own tower has it."""
+    state = dict(model.state_dict())
+    if model.encoder.is_vit:
+        state.pop("encoder.backbone.patch_embed.proj.bias", None)
+        state["encoder.backbone.pos_embed"] = position_table(model.encoder)
+    return state
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "ConvNeXt"])
+def test_what_was_read_is_written_and_read_again(name: str, tmp_path: Path) -> None:
+    first = load_model(str(saved(tmp_path / "first", MODELS[name], theirs(MODELS[name]))))
+    (tmp_path / "second").mkdir()
+    write(first, tmp_path / "second")
+    second = load_model(str(tmp_path / "second"))
+    a, b = state_of(first), state_of(second)
+    assert a.keys() == b.keys()
+    assert not [key for key in a if not torch.equal(a[key], b[key])]
+    assert (second.preprocess, second.joint_point) == (first.preprocess, first.joint_point)
+    assert second.logit_scale == pytest.approx(first.logit_scale) and second.logit_bias == first.logit_bias
+    assert first.text is not None and second.text is not None
+    assert second.text.tokenizer.rules == first.text.tokenizer.rules
+
+
+ENCODER = EncoderConfig("vit_tiny_patch16_224", img_size=64, width=64, depth=2, heads=2)
+OWN_TEXT = TextConfig(width=64, heads=2, layers=2, context=20)
+FULL = EncoderConfig("test_vit", img_size=160)
+RUNS: dict[str, tuple[type[Method], Any, EncoderConfig]] = {
+    "clip, the papers' towers": (CLIP, CLIP.Config(OWN_TEXT, 48), replace(ENCODER, quick_gelu=True, pre_norm=True)),
+    "clip with the exact GELU": (CLIP, CLIP.Config(replace(OWN_TEXT, quick_gelu=False), 48), ENCODER),
+    "clip with layer scale": (
+        CLIP,
+        CLIP.Config(replace(OWN_TEXT, quick_gelu=False), 48),
+        replace(ENCODER, layer_scale=0.1, positions="learned"),
+    ),
+    "clip with a model of timm": (CLIP, CLIP.Config(OWN_TEXT, 48), FULL),
+    "slip with a ResNet": (SLIP, SLIP.Config(text=OWN_TEXT, embed_dim=48), EncoderConfig("test_resnet", img_size=64)),
+    "lit": (LiT, LiT.Config(text=replace(OWN_TEXT, quick_gelu=False)), ENCODER),
+    "siglip": (
+        SigLIP,
+        SigLIP.Config(replace(OWN_TEXT, quick_gelu=False, causal=False, pool="last", pad_with_end=True)),
+        EncoderConfig("vit_tiny_patch16_224"),
+    ),
+}
+
+
+def trained(kind: type[Method], config: Any, encoder: EncoderConfig) -> Method:
+    """Return a method with random weights, over a tokenizer of its own."""
+    tokenizer = train_tokenizer(iter([*TEXTS, "the quick brown fox"] * 5), 400)
+    method = kind(config, Encoder(encoder), Corpus(tokenizer))
+    method.init_weights(key(0, 0, "test"))
+    scrambled(method)
+    for name, value in (("logit_scale", 3.1), ("log_scale", 2.2), ("bias", -6.0)):
+        if hasattr(method, name):
+            getattr(method, name).data.fill_(value)
+    return method.eval()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_are_what_open_clip_makes_of_their_export(name: str, tmp_path: Path) -> None:
+    view = view_of(trained(*RUNS[name]), "run")
+    write(as_model(view), tmp_path)
+    other = load_back(tmp_path)
+    images = pixels(view.preprocess.size)
+    assert view.text is not None and view.embed_image is not None
+    with torch.inference_mode():
+        image, text = view.embed_image(view.encoder(images)), view.text(view.text.encode(TEXTS))
+    torch.testing.assert_close(other.image(images), image, atol=1e-5, rtol=0)
+    # OpenCLIP cleans texts of its own accord, and always takes the name of a token for the token.
+    torch.testing.assert_close(other.text(TEXTS), text, atol=1e-5, rtol=0)
+    assert other.scale == pytest.approx(view.logit_scale) and other.bias == pytest.approx(view.logit_bias)
