@@ -35,7 +35,7 @@ def transfer(argv: Sequence[str]) -> int:
     """`altsight transfer NAME WEIGHTS --out DIR [settings]`."""
     if not argv or argv[0].startswith("-"):
         print("usage: altsight transfer NAME WEIGHTS --out DIR [settings]\n")
-        print("\n".join(f"  {name:<10} {text}" for name, (_, text) in TRANSFERS.items()))
+        print("\n".join(f"  {name:<15} {text}" for name, (_, text) in TRANSFERS.items()))
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     kind: Any = Options[find(argv[0])]  # type: ignore[misc]
     about = f"{TRANSFERS[argv[0]][1].capitalize()}."

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 TRANSFERS = {
     "finetune": ("finetune:Finetune", "train the whole encoder on labelled images (one class each, or several)"),
+    "linear_probe": ("linear_probe:LinearProbe", "a linear classifier on frozen features, by LARS (MAE, MoCo v3)"),
+    "attentive_probe": ("attentive_probe:AttentiveProbe", "attention pooling and a classifier on frozen tokens (LCL)"),
     "segment": ("segment:Segment", "semantic segmentation with UperNet, or by a linear layer on frozen features"),
     "denseclip": ("denseclip:DenseCLIP", "semantic segmentation led by class names"),
     "detect": ("detect:Detect", "boxes and instance masks, with Mask R-CNN on a simple feature pyramid"),

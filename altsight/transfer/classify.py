@@ -13,9 +13,20 @@ from altsight.evals.bootstrap import class_interval, scored
 from altsight.evals.features import content_hash, extract, join_notes, left_out, rate_of_commonest
 from altsight.evals.precision import mean_average_precision
 from altsight.evals.retrieval import ranks
-from altsight.transfer.labels import LabelledImages
+from altsight.transfer.labels import LabelledImages, Labels, open_labelled
 
 TOP = (1, 5)
+
+
+def open_sets(data: str, val: str, test: str, labels: Labels) -> tuple[LabelledImages, dict[str, LabelledImages]]:
+    """Return the training images, and by split those that are scored; val may be empty.
+
+    Raises:
+        UserError: one of them cannot be read or used, or has classes that the training images do not have.
+    """
+    train = open_labelled(data, labels)
+    paths = {"val": val, "test": test} if val else {"test": test}
+    return train, {split: open_labelled(path, labels, train.classes) for split, path in paths.items()}
 
 
 def score(

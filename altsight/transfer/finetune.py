@@ -22,8 +22,8 @@ from altsight.nn.resample import resized
 from altsight.train.run import weights_hash
 from altsight.transfer.augment import Augment, Mixing
 from altsight.transfer.base import FitConfig, fit, prepared_for, with_view
-from altsight.transfer.classify import score
-from altsight.transfer.labels import Labels, open_labelled
+from altsight.transfer.classify import open_sets, score
+from altsight.transfer.labels import Labels
 
 HEAD_STD = 2e-5
 """Standard deviation of the classifier's weights at the start (MAE): all classes are all but equally likely then."""
@@ -87,9 +87,7 @@ class Finetune:
             UserError: a set or a setting cannot be used; nothing has been written then.
         """
         labels = Labels(self.label, self.multi_label, self.separator)
-        train = open_labelled(self.data, labels)
-        paths = {"val": self.val, "test": self.test} if self.val else {"test": self.test}
-        held_out = {split: open_labelled(path, labels, train.classes) for split, path in paths.items()}
+        train, held_out = open_sets(self.data, self.val, self.test, labels)
         config = self._config(view)
         model = fit(
             "finetune",
