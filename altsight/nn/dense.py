@@ -97,6 +97,11 @@ class FeatureMaps(nn.Module):
         )
         self.norms = nn.ModuleList(nn.GroupNorm(1, width, eps=1e-6) if norm else nn.Identity() for _ in self.levels)
 
+    def init_weights(self, at: Key) -> None:
+        """Set every parameter from `at`, as torch does."""
+        with torch_seeded(at):
+            reset(self)
+
     def forward(self, encoder: Encoder, encoded: Encoded) -> list[Tensor]:
         if not self.is_plain:
             return list(encoded.layers[-4:])

@@ -1,0 +1,109 @@
+"""Semantic segmentation from any weights: UPerNet trained end to end, or a linear layer on frozen patches (D6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from altsight.core.config import OptimConfig
+from altsight.core.rng import key
+from altsight.data.mask_views import MaskView
+from altsight.data.segmentation import classes_of, read_masked
+from altsight.evals.base import Result, View
+from altsight.evals.segmentation import SCALES, Windows, score
+from altsight.methods.base import Method
+from altsight.nn.dense import LinearHead
+from altsight.nn.encoder import Encoder
+from altsight.nn.resample import resized
+from altsight.nn.upernet import UPerNet
+from altsight.train.run import weights_hash
+from altsight.transfer.base import FitConfig, fit, prepared_for
+from altsight.transfer.segmenter import Segmenter, check_segmenting
+
+FIT = FitConfig(epochs=160_000 * 16 / 20_210, batch=16)
+"""160,000 iterations of 16 of ADE20K's 20,210 training images."""
+OPTIM = OptimConfig(
+    lr=7e-4,
+    lr_base_batch=16,
+    weight_decay=0.05,
+    betas=(0.9, 0.999),
+    warmup_fraction=1500 / 160_000,
+    schedule="linear",
+    layer_decay=0.65,
+)
+"""D6's for a ViT-B; layer decay is for vision transformers only."""
+AUXILIARY = 0.4
+"""Weight of the FCN's loss."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Train on images with masks in the layout of ADE20K, and score the mean IoU on others."""
+
+    data: str
+    """Folder with images/{training,validation}, annotations/{training,validation} and classes.txt."""
+    classes: str = ""
+    """File of class names, one a line, in the order of the labels; empty: classes.txt in the folder."""
+    head: Literal["upernet", "linear"] = "upernet"
+    """upernet: encoder and head are trained; linear: a batch norm and a linear map on the frozen encoder's patches."""
+    size: int = 512
+    """Side of the training views and of the test's windows, in pixels."""
+    reduce_zero_label: bool = True
+    """0 in a mask is nothing, and ignored; 1 is the first class. Otherwise 0 is the first class."""
+    channels: int = 0
+    """Width of UPerNet's head; 0: the encoder's, 512 for networks with stages."""
+    layers: int = 1
+    """Last blocks that the linear head reads side by side ("+ms" of DINOv2: 4, with --size 640 --multi-scale)."""
+    multi_scale: bool = False
+    """Average six scales and their mirror images in the test."""
+    drop_path: float = 0.1
+    """Share of residual branches that the trained encoder drops, in the last block; 0.2 for a ViT-L."""
+    view: MaskView = field(default_factory=MaskView)
+    optim: OptimConfig = OPTIM
+    fit: FitConfig = FIT
+
+    def __call__(self, view: View, out: Path) -> list[Result]:
+        """Return mean IoU (in `extra` that of every class) and pixel accuracy on the validation images.
+
+        Raises:
+            UserError: the data or a setting cannot be used; nothing has been written then.
+        """
+        check_segmenting(view.encoder, self.size, self.fit.micro_batch)
+        names = classes_of(Path(self.data), self.classes)
+        training, validation = (
+            read_masked(Path(self.data), split, names, self.reduce_zero_label) for split in ("training", "validation")
+        )
+        identity = {"weights": weights_hash(view.encoder), "settings": replace(self, fit=FitConfig(0, 0))}
+        trained = fit(
+            "segment",
+            lambda: self._build(view.encoder, len(names)),
+            identity,
+            self._optim(view.encoder),
+            self.fit,
+            prepared_for(training, Path(self.data), training.digest()),
+            out,
+        )
+        assert isinstance(trained, Segmenter)
+        windows = Windows(self.size, view.preprocess.normalization)
+        if self.multi_scale:
+            windows = replace(windows, scales=SCALES, mirrored=True)
+        point = "all patches, frozen" if self.head == "linear" else "four layers, fine-tuned"
+        found = score(trained.logits, validation, windows, f"segment {self.head}", point)
+        return [replace(result, extra=result.extra | {"seed": self.fit.seed}) for result in found]
+
+    def _build(self, encoder: Encoder, classes: int) -> Method:
+        linear = self.head == "linear"
+        own = resized(encoder, img_size=self.size, drop_path=0.0 if linear else self.drop_path)
+        decoder: LinearHead | UPerNet
+        if linear:
+            decoder = LinearHead(own, classes, self.layers)
+        else:
+            decoder = UPerNet(own, classes, self.channels or (own.width if own.is_vit else 512))
+        decoder.init_weights(key(self.fit.seed, 0, "init").child("decoder"))
+        return Segmenter(own, decoder, self.view, None if linear else AUXILIARY, frozen=linear)
+
+    def _optim(self, encoder: Encoder) -> OptimConfig:
+        # A frozen encoder has no layers to slow down, and a network with stages none that are counted.
+        plain = encoder.is_vit and self.head == "upernet"
+        return self.optim if plain else replace(self.optim, layer_decay=1.0)
