@@ -123,8 +123,8 @@ def read_content(path: Path) -> Mapping[str, Any]:
 def _existing(path: Path, given: str) -> Path:
     if not path.exists():
         raise UserError(
-            f"there are no weights at '{given}': give the folder of a run (with run.json), a file or folder of weights, "
-            "timm:NAME, open_clip:MODEL/PRETRAINED or hf:ORG/NAME."
+            f"there are no weights at '{given}': give the folder of a run (with run.json), a file or a folder of "
+            "weights, timm:NAME, open_clip:MODEL/PRETRAINED or hf:ORG/NAME."
         )
     return path
 

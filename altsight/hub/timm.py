@@ -1,0 +1,144 @@
+"""Models of timm as an encoder: its own pre-trained weights, a file of them, or a folder that it saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib import import_module
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from altsight.core.errors import UserError, did_you_mean
+from altsight.data.views import normalization_of
+from altsight.evals.base import Preprocess
+from altsight.hub.fill import filled, timm_point
+from altsight.hub.model import Found, Model
+from altsight.hub.source import Source
+from altsight.nn.encoder import Encoder, EncoderConfig
+
+ARGUMENTS = {
+    "img_size": "img_size",
+    "patch_size": "patch_size",
+    "embed_dim": "width",
+    "depth": "depth",
+    "num_heads": "heads",
+    "reg_tokens": "registers",
+    "init_values": "layer_scale",
+    "global_pool": "global_pool",
+    "pre_norm": "pre_norm",
+}
+"""What a folder of timm calls the settings of an encoder, and their names in `EncoderConfig`."""
+
+
+def recognises(source: Source) -> bool:
+    """Return whether `source` names a model of timm, or is a folder that timm saved."""
+    return source.scheme == "timm" or "architecture" in source.json("config.json")
+
+
+def read(source: Source) -> Model:
+    """Return the model of `source`, with timm's preprocessing, and its classifier left aside.
+
+    Raises:
+        UserError: timm does not know the model, cannot fetch it, or the weights are not of it.
+    """
+    if source.scheme == "timm" and source.path is None:
+        return _fetched(source)
+    if source.scheme == "timm":
+        config, cfg = _described(source.model), _pretrained_cfg(source.model)
+        recognised = f"a file of weights of timm's {source.model}"
+    else:
+        folder = source.json("config.json")
+        cfg = _pretrained_cfg(folder["architecture"]) | folder.get("pretrained_cfg", {})
+        config = _of_folder(folder, cfg, source.given)
+        recognised = f"a folder that timm loads, {folder['architecture']}"
+    return _model(recognised, config, cfg, converted(source.weights, config), source.given)
+
+
+def _fetched(source: Source) -> Model:
+    config = _described(source.model)
+    try:
+        model: Any = timm.create_model(source.model, pretrained=True)
+    except Exception as error:  # what a hub without a network raises is of many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"timm's weights of '{source.model}' cannot be fetched ({reason}): connect to a network, or give a file as "
+            f"timm:{source.model}=FILE."
+        ) from None
+    recognised = f"timm's pre-trained {source.model}"
+    return _model(recognised, config, model.pretrained_cfg, model.state_dict(), source.given)
+
+
+def _model(
+    recognised: str, config: EncoderConfig, cfg: Mapping[str, Any], weights: Mapping[str, Tensor], given: str
+) -> Model:
+    config = replace(config, normalization=normalization_of(cfg["mean"], cfg["std"]))
+    encoder, left_over = filled(config, weights, given)
+    return Model(Found(recognised, left_over), encoder, preprocess_of(cfg, config), timm_point(encoder))
+
+
+def preprocess_of(cfg: Mapping[str, Any], config: EncoderConfig) -> Preprocess:
+    """Return the preprocessing that timm's description of pre-trained weights asks for, at the encoder's size.
+
+    Raises:
+        UserError: images are to be padded, which only a few models of timm want.
+    """
+    if cfg.get("crop_mode") == "border":
+        raise UserError(
+            f"timm's '{config.model}' wants images padded to a square, which is not supported: use another."
+        )
+    return Preprocess(
+        config.img_size,
+        config.normalization,
+        crop_ratio=cfg.get("crop_pct") or 0.875,
+        interpolation="bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic",
+        squash=cfg.get("crop_mode") == "squash",
+    )
+
+
+def _described(name: str) -> EncoderConfig:
+    """Return the config of timm's model `name` at its own size."""
+    cfg = _pretrained_cfg(name)
+    return EncoderConfig(name.partition(".")[0], img_size=cfg["input_size"][-1], positions="learned")
+
+
+def _pretrained_cfg(name: str) -> dict[str, Any]:
+    model = name.partition(".")[0]
+    if not timm.is_model(model):
+        raise UserError(f"timm has no model '{model}'.{did_you_mean(model, timm.list_models())}")
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None:
+        known = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
+        raise UserError(f"timm has no weights '{name}': it has {', '.join(known) or 'none'} of '{model}'.")
+    return asdict(cfg)
+
+
+def _of_folder(folder: Mapping[str, Any], cfg: Mapping[str, Any], given: str) -> EncoderConfig:
+    arguments = {name: value for name, value in folder.get("model_args", {}).items() if value is not None}
+    known = {ARGUMENTS[name]: _side(arguments.pop(name)) for name in list(arguments) if name in ARGUMENTS}
+    known["quick_gelu"] = arguments.pop("act_layer", "") == "quick_gelu"
+    for harmless in ("num_classes", "dynamic_img_size", *("in_chans",) * (arguments.get("in_chans") == 3)):
+        arguments.pop(harmless, None)
+    if arguments:
+        raise UserError(
+            f"'{given}' builds timm's model with {', '.join(sorted(arguments))}, for which Altsight's encoder has no "
+            "setting: use a folder without."
+        )
+    size = {"img_size": cfg["input_size"][-1], "positions": "learned"}
+    return EncoderConfig(folder["architecture"].partition(".")[0], **(size | known))
+
+
+def _side(value: Any) -> Any:
+    """Return the side of a square where timm has (height, width)."""
+    return value[0] if isinstance(value, list) and value[0] == value[-1] else value
+
+
+def converted(weights: dict[str, Tensor], config: EncoderConfig) -> Mapping[str, Tensor]:
+    """Return `weights` as the model's own state has them; timm knows the names that the authors' files have."""
+    with torch.device("meta"):
+        backbone = Encoder(config).backbone
+    convert = getattr(import_module(type(backbone).__module__), "checkpoint_filter_fn", None)
+    found: Mapping[str, Tensor] = weights if convert is None else convert(weights, backbone)
+    return found
