@@ -110,14 +110,18 @@ def _coords_file(where: Path, slide: Path) -> Path:
 def _encode(
     view: View, slide: Slide, coords: Coords, how: Tiling, batch: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    vectors, features = [], []
+    vectors, features = torch.empty(0), torch.empty(0)
+    done = 0
     for tiles in read_tiles(slide, coords, how, batch):
         frozen, joint = view.vectors(resize(tiles, view.preprocess.size))
         assert joint is not None, "the view of a dual encoder has joint vectors"
-        features.append(frozen)
-        vectors.append(joint)
-        progress(batch * len(vectors), len(coords))
-    return torch.cat(vectors), torch.cat(features)
+        if not done:
+            # One block each: thousands of small ones would keep the heap of the tiles from being used again.
+            vectors, features = (torch.empty(len(coords), part.shape[1]) for part in (joint, frozen))
+        vectors[done : done + len(tiles)], features[done : done + len(tiles)] = joint, frozen
+        done += len(tiles)
+        progress(done, len(coords))
+    return vectors, features
 
 
 def _fingerprint(view: View, path: Path, how: Tiling, coords: Coords) -> str:

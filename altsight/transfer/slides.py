@@ -114,7 +114,7 @@ class Slides:
             task = bar.add_task("slides", total=len(mine), note="")
 
             def tell(done: int, tiles: int) -> None:
-                bar.update(task, note=f"{min(done, tiles):,} of {tiles:,} tiles of this one")
+                bar.update(task, note=f"{done:,} of {tiles:,} tiles of this one")
 
             for number in mine:
                 found[number] = self._scores(self._features(view, items[number], out, tell), vectors)
