@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,6 +113,8 @@ class Eval:
     """The classes that --data has, where logits are restricted: a file, imagenet-a or imagenet-r."""
     evaluators: tuple[str, ...] = ()
     """Names of evaluators; the standard ones where none is given."""
+    features: Path | None = None
+    """Folder where features are kept: the same weights on the same images are not computed again."""
     out: Path | None = None
     """A JSON file for the results."""
 
@@ -145,7 +147,8 @@ def evaluate_runs(argv: Sequence[str]) -> int:
     try:
         tasks = open_tasks(options.configs())
         for source in options.weights:
-            results = evaluate_shown(load_view(source), tasks, options.evaluators or None)
+            view = replace(load_view(source), store=options.features)
+            results = evaluate_shown(view, tasks, options.evaluators or None)
             found[source] = [asdict(r) for r in results]
         if dist.world().is_main:
             print_results(found)

@@ -125,7 +125,7 @@ def scored(view: View, hits: npt.ArrayLike, group_sizes: npt.ArrayLike | None = 
         group_sizes: number of consecutive items of each group, where items are not independent.
     """
     correct = np.asarray(hits, dtype=bool)
-    extra = {**fields.pop("extra", {}), "seed": 0, "hits": base64.b64encode(np.packbits(correct).tobytes()).decode()}
+    extra = {"seed": 0, **fields.pop("extra", {}), "hits": base64.b64encode(np.packbits(correct).tobytes()).decode()}
     if group_sizes is not None:
         extra["group_sizes"] = np.asarray(group_sizes).tolist()
     result = Result(n=len(correct), preprocess=view.preprocess.hash(), value=None, extra=extra, **fields)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from altsight.core.errors import UserError
 from altsight.core.rng import Key
-from altsight.data.views import NORMALIZATIONS, Crop, normalize
+from altsight.data.views import Crop, normalize, statistics
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def rand_augment(image: Tensor, policy: str, normalization: str, at: Key) -> Ten
 
 @functools.lru_cache(maxsize=16)
 def _rand_augment(policy: str, normalization: str, size: int) -> Callable[[PIL.Image.Image], PIL.Image.Image]:
-    mean = tuple(round(255 * channel) for channel in NORMALIZATIONS[normalization][0])
+    mean = tuple(round(255 * channel) for channel in statistics(normalization)[0])
     # As timm's loader sets it up: translations reach 45 % of the image.
     options = {"translate_const": int(0.45 * size), "img_mean": mean, "interpolation": PIL.Image.Resampling.BICUBIC}
     try:

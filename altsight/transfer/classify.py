@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from altsight.core.errors import UserError
 from altsight.evals.base import Result, Split, View
-from altsight.evals.bootstrap import class_interval, scored
+from altsight.evals.bootstrap import class_interval, scored, statistic_interval
 from altsight.evals.features import content_hash, extract, join_notes, left_out, rate_of_commonest
-from altsight.evals.precision import mean_average_precision
+from altsight.evals.metrics import Values, average_precision
 from altsight.evals.retrieval import ranks
 from altsight.transfer.labels import LabelledImages, Labels, open_labelled
 
@@ -87,17 +89,25 @@ def _accuracies(view: View, logits: Tensor, labels: Tensor, facts: dict[str, Any
 
 
 def _precision(view: View, logits: Tensor, targets: Tensor, facts: dict[str, Any]) -> Result:
-    found = mean_average_precision(logits.numpy(), targets.numpy())
+    """Return the mean average precision over the classes that occur."""
     occurring = targets.any(dim=0)
-    missing = int((~occurring).sum())
+    if not occurring.any():
+        raise UserError(f"no image of '{facts['task']}' has a class, so there is nothing to score: mend its labels.")
+    scores, truth = logits[:, occurring].double().numpy(), targets[:, occurring].double().numpy()
+
+    def mean(counts: Values) -> Values:
+        each = [average_precision(scores[:, c], truth[:, c], counts) for c in range(truth.shape[1])]
+        return np.asarray(np.nanmean(each, axis=0))
+
+    found, missing = statistic_interval(mean, len(truth)), int((~occurring).sum())
     return Result(
         metric="map",
         value=found.value,
         low=found.low,
         high=found.high,
         # What scores that say nothing reach: the share of images of each class.
-        chance=float(targets.mean(dim=0)[occurring].mean()),
-        n=len(targets),
+        chance=float(truth.mean()),
+        n=len(truth),
         preprocess=view.preprocess.hash(),
-        **facts | {"note": join_notes(facts["note"], f"{missing} classes do not occur" if missing else "")},
+        **facts | {"note": join_notes(facts["note"], f"classes that do not occur: {missing}" if missing else "")},
     )

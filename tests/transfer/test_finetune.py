@@ -257,11 +257,11 @@ def test_other_backbones_are_tuned_without_layers(data: dict[str, Any], tmp_path
         Finetune(**data, fit=FIT)(view, tmp_path / "other")
 
 
-def tar_of(path: Path, labels: list[Any]) -> str:
-    """Write an image for each label, blue, green or red in the parts that its classes name."""
+def tar_of(path: Path, labels: list[Any], grey: bool = False) -> str:
+    """Write an image for each label, of the colours that it names, or grey."""
     with tarfile.open(path, "w") as tar:
         for i, value in enumerate(labels):
-            names = value if isinstance(value, list) else value.split("|")
+            names = [] if grey else value if isinstance(value, list) else value.split("|")
             colour = np.array([COLOURS[name] for name in names if name] or [(120, 120, 120)]).max(axis=0)
             for suffix, content in (("png", png(tuple(colour), i)), ("json", json.dumps({"kinds": value}).encode())):
                 info = tarfile.TarInfo(f"{i:04d}.{suffix}")
