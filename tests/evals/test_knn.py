@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
 
 from altsight.evals import knn as module
 from altsight.evals.base import Task
@@ -33,6 +35,20 @@ def test_votes_are_the_formula_whatever_the_block(block: int, monkeypatch: pytes
     found = knn_votes(torch.tensor(queries), torch.tensor(gallery), torch.tensor(labels), 4, k=7)
     expected = slow_votes(queries, gallery, labels.tolist(), 4, 7, 0.07)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
+
+
+def test_the_answers_are_those_of_scikit_learn() -> None:
+    draw = np.random.default_rng(1)
+    centres, labels = draw.normal(size=(6, 8)), draw.integers(0, 6, 700)
+    x = centres[labels] + 1.3 * draw.normal(size=(700, 8))
+    known = KNeighborsClassifier(20, weights=lambda far: np.exp((1 - far) / 0.07), metric="cosine", algorithm="brute")
+    expected = known.fit(x[:400], labels[:400]).predict(x[400:])
+    votes = knn_votes(torch.tensor(x[400:]), torch.tensor(x[:400]), torch.tensor(labels[:400]), 6)
+    found = votes.argmax(dim=1).numpy()
+    assert found.tolist() == expected.tolist()
+    accuracy = float((found == labels[400:]).mean())
+    assert accuracy == pytest.approx(accuracy_score(labels[400:], expected), abs=1e-6)
+    assert 0.3 < accuracy < 1
 
 
 def test_a_small_gallery_votes_as_a_whole() -> None:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
 
 from altsight.evals import linear as module
 from altsight.evals.base import Task
@@ -55,6 +56,23 @@ def test_the_default_tolerance_is_no_worse_than_that_of_scikit_learn(strength: f
     theirs = Fit(torch.tensor(known.coef_.T), torch.tensor(known.intercept_), torch.arange(5), 0, True)
     ours = Probe(vectors, labels).fit(strength)
     assert objective(vectors, labels, ours, strength) <= objective(vectors, labels, theirs, strength) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("strength", [100.0, 1.0, 0.01])
+def test_the_answers_on_other_samples_are_those_of_scikit_learn(
+    strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOLERANCE", 1e-6)
+    vectors, labels = clouds(900)
+    train, test = (vectors[:300], labels[:300]), (vectors[300:], labels[300:])
+    found = Probe(*train).fit(strength).predict(test[0])
+    known = LogisticRegression(C=1 / strength, solver="newton-cg", tol=1e-10, max_iter=1000)
+    known.fit(train[0].double().numpy(), train[1].numpy())
+    expected = known.predict(test[0].double().numpy())
+    assert found.tolist() == expected.tolist()
+    accuracy = float((found == test[1]).double().mean())
+    assert accuracy == pytest.approx(accuracy_score(test[1].numpy(), expected), abs=1e-6)
+    assert 0.3 < accuracy < 1, "the clouds overlap"
 
 
 def test_a_warm_start_ends_where_a_cold_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
