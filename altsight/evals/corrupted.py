@@ -102,7 +102,7 @@ def read_baseline(source: str, task: str) -> Mapping[str, float]:
         views = json.loads(Path(source).read_text(encoding="utf-8"))
         (results,) = views.values()
         found = {r["metric"]: r["value"] for r in results if (r["evaluator"], r["task"]) == ("corruptions", task)}
-        return {name: float(found[f"error_{name}"]) or np.nan for name in CORRUPTIONS}
+        errors = {name: float(found[f"error_{name}"]) for name in CORRUPTIONS}
     except OSError as error:
         raise UserError(f"the baseline '{source}' cannot be read ({error.strerror}).") from None
     except (ValueError, AttributeError, KeyError, TypeError):
@@ -110,6 +110,11 @@ def read_baseline(source: str, task: str) -> Mapping[str, float]:
             f"the baseline '{source}' must be what `altsight eval WEIGHTS --evaluators corruptions --out` wrote for one"
             f" model on the task '{task}'."
         ) from None
+    if perfect := [name for name, error in errors.items() if not error]:
+        raise UserError(
+            f"the baseline '{source}' makes no error under {perfect[0]}, so there is no mCE relative to it."
+        )
+    return errors
 
 
 def _result(metric: str, found: Interval, extra: dict[str, Any], **fields: Any) -> Result:

@@ -220,7 +220,7 @@ def _correlation(
     draw = key(0, 0, "spearman").generator()
     values = []
     for _ in range(SAMPLES):
-        chosen = draw.integers(len(queries), size=max(2, len(queries) // 2))
+        chosen = draw.permutation(len(queries))[: max(2, len(queries) // 2)]
         sample = np.array([queries[i][int(draw.integers(len(queries[i])))] for i in chosen])
         of_cosine, of_rating = rankdata(sample[:, 0]), rankdata(sample[:, 1])
         if of_cosine.std() and of_rating.std():
