@@ -1,0 +1,230 @@
+"""Detection and instance segmentation: fine-tune any encoder in Mask R-CNN, and score it as COCO does."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from altsight.core.config import OptimConfig, write_json
+from altsight.core.dist import gather_objects, world
+from altsight.core.errors import UserError
+from altsight.core.rng import key, torch_seeded
+from altsight.data.coco import CocoImages, mask_api, open_coco
+from altsight.evals.base import Result, View
+from altsight.evals.bootstrap import LEVEL
+from altsight.evals.features import content_hash
+from altsight.nn.resample import resized
+from altsight.train.log import progress_bar
+from altsight.transfer.base import FitConfig, fit, prepared_for
+from altsight.transfer.detector import Detections, Detector, DetectorConfig
+
+Kind = Literal["bbox", "segm"]
+KINDS: dict[Kind, str] = {"bbox": "box", "segm": "mask"}
+"""pycocotools' name of what is compared -> ours."""
+METRICS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}
+"""Ours -> place among the numbers that pycocotools sums up."""
+RESAMPLES = 200
+"""Of the test images, for the interval of AP."""
+CHEAP = 100_000
+"""Images times classes up to which there is an interval: a resample of COCO's takes pycocotools many seconds."""
+CHUNK = 8
+"""Images that are detected in at a time."""
+
+
+@dataclass(frozen=True)
+class Detect:
+    """Fine-tune an encoder for detection and instance segmentation, and score it on another split."""
+
+    data: str
+    """Folder in the layout of COCO: SPLIT/*.jpg and annotations/instances_SPLIT.json."""
+    train: str = "train2017"
+    """Split to learn from."""
+    test: str = "val2017"
+    """Split to score on."""
+    size: int = 1024
+    """Side of the input in pixels; longer sides of images are resized to it, and in training to the jitter's shares."""
+    drop_path: float = 0.1
+    frozen: bool = False
+    """Train the pyramid and the heads only."""
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    optim: OptimConfig = Detector.optim
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=100, batch=64))
+
+    def __call__(self, view: View, out: Path) -> list[Result]:
+        """Return AP of boxes, and of masks, as COCO defines it; predictions.json gets what was found.
+
+        Raises:
+            UserError: the data are missing or damaged, or the encoder cannot take the size.
+        """
+        mask_api()
+        train, test = (open_coco(Path(self.data), split) for split in (self.train, self.test))
+        self._check(train, test)
+        method = self._fit(view, train, out)
+        found = predict(method, test)
+        if world().is_main:
+            write_json(out / "predictions.json", found)
+        preprocess = replace(view.preprocess, size=self.size, crop_ratio=1.0).hash()
+        kinds: tuple[Kind, ...] = ("bbox", "segm") if self.detector.masks else ("bbox",)
+        return [result for kind in kinds for result in score(test, found, kind, self, preprocess)]
+
+    def _check(self, train: CocoImages, test: CocoImages) -> None:
+        if train.category_ids != test.category_ids or train.classes != test.classes:
+            raise UserError(f"the splits '{self.train}' and '{self.test}' of '{self.data}' list different categories.")
+        for split in (train, test):
+            if self.detector.masks and not split.has_masks:
+                raise UserError(f"'{split.annotations}' has objects without a mask: set --detector.no-masks.")
+        if not any(train.instances):
+            raise UserError(f"'{train.annotations}' has no object to learn from.")
+
+    def _fit(self, view: View, train: CocoImages, out: Path) -> Detector:
+        encoder = resized(view.encoder, img_size=self.size, drop_path=self.drop_path)
+
+        def make() -> Detector:
+            with torch_seeded(key(self.fit.seed, 0, "init")):
+                return Detector(self.detector, encoder, len(train.classes), self.frozen)
+
+        data = prepared_for(train, Path(self.data), digest(train))
+        return cast(Detector, fit("detect", make, Identity(view.name, self), self.optim, self.fit, data, out))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a training is known by: its settings, and what it started from."""
+
+    weights: str
+    settings: Detect
+
+
+def digest(images: CocoImages) -> str:
+    """Return 12 hex digits over the names of images and their objects."""
+    rows = zip(images.pictures, images.instances, strict=True)
+    return content_hash((p.id, p.file.name, [(t.label, t.box) for t in things]) for p, things in rows)
+
+
+def predict(method: Detector, images: CocoImages) -> list[dict[str, Any]]:
+    """Return what is found in every image, in COCO's format of results; the images are shared out among the ranks.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    mine = range(world().rank, len(images), world().size)
+    found: list[dict[str, Any]] = []
+    method.eval()
+    with progress_bar(transient=True) as bar:
+        task = bar.add_task("detecting", total=len(mine), note="")
+        for start in range(0, len(mine), CHUNK):
+            part = mine[start : start + CHUNK]
+            for i, detections in zip(part, method.detect([images.image(i) for i in part]), strict=True):
+                found += as_results(detections, images.pictures[i].id, images.category_ids)
+            bar.advance(task, len(part))
+    whole = [row for rows in gather_objects(found) for row in rows]
+    return sorted(whole, key=lambda row: int(row["image_id"]))
+
+
+def as_results(detections: Detections, image: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the detections in an image in COCO's format: boxes as left, top, width, height, masks as run lengths."""
+    boxes, masks = detections["boxes"].double().cpu(), detections.get("masks")
+    boxes[:, 2:] -= boxes[:, :2]
+    rows = []
+    for n, (box, label, score) in enumerate(
+        zip(boxes.tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
+    ):
+        rows.append({"image_id": image, "category_id": category_ids[label - 1], "bbox": box, "score": score})
+        if masks is not None:
+            coded = mask_api().encode(np.asfortranarray((masks[n, 0] >= 0.5).byte().cpu().numpy()))
+            rows[n]["segmentation"] = {"size": coded["size"], "counts": coded["counts"].decode()}
+    return rows
+
+
+def score(
+    images: CocoImages, found: list[dict[str, Any]], kind: Kind, settings: Detect, preprocess: str
+) -> list[Result]:
+    """Return COCO's AP of boxes or masks, with an interval over images where that is cheap."""
+    judged = evaluate(images.annotations, found, kind)
+    cheap = len(images) * len(images.classes) <= CHEAP
+    low, high = resampled(judged, settings.fit.seed) if cheap and found else (None, None)
+    results = []
+    for name, place in METRICS.items():
+        value = float(judged.stats[place])
+        results.append(
+            Result(
+                task=settings.data,
+                evaluator="detect",
+                metric=f"{KINDS[kind]}_{name}",
+                # pycocotools says -1 where the set has no object of that size.
+                value=value if value >= 0 else None,
+                low=low if name == "ap" else None,
+                high=high if name == "ap" else None,
+                n=len(images),
+                split=settings.test,
+                feature_point="pyramid of the last map",
+                preprocess=preprocess,
+                data=digest(images),
+                note="" if value >= 0 else "not applicable: no object of this size",
+                extra={"training_seed": settings.fit.seed, "classes": len(images.classes), "resamples": RESAMPLES},
+            )
+        )
+    return results
+
+
+def evaluate(annotations: Path, found: list[dict[str, Any]], kind: Kind) -> Any:
+    """Return pycocotools' COCOeval of results on an annotation file, summed up; `stats` are its twelve numbers."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        if not found:  # which pycocotools cannot load
+            answers = COCO()
+            answers.dataset = {**truth.dataset, "annotations": []}
+            answers.createIndex()
+        else:
+            # It writes into what it is given.
+            answers = truth.loadRes([dict(row) for row in found])
+        judged = COCOeval(truth, answers, kind)
+        judged.evaluate()
+        judged.accumulate()
+        judged.summarize()
+    return judged
+
+
+def resampled(judged: Any, seed: int) -> tuple[float, float]:
+    """Return the 95 % percentile interval of AP over resamples of the images, from what `evaluate` returned.
+
+    Each image's matches are kept, and put together anew as often as the image was drawn.
+    """
+    from pycocotools.cocoeval import COCOeval
+
+    ids, areas = judged.params.imgIds, len(judged.params.areaRng)
+    # One entry for every category, size range and image; AP takes the first range, which is all sizes.
+    matches = np.array(judged.evalImgs, dtype=object).reshape(-1, areas, len(ids))[:, 0]
+    again = COCOeval()
+    again.params = copy.copy(judged.params)
+    again.params.areaRng, again.params.areaRngLbl = judged.params.areaRng[:1], judged.params.areaRngLbl[:1]
+    again.params.maxDets = judged.params.maxDets[-1:]
+    draw = key(seed, 0, "bootstrap").generator()
+    values = []
+    for _ in range(RESAMPLES):
+        chosen = draw.integers(len(ids), size=len(ids))
+        again.params.imgIds = [ids[i] for i in chosen]
+        again._paramsEval, again.evalImgs = again.params, list(matches[:, chosen].reshape(-1))
+        with contextlib.redirect_stdout(io.StringIO()):
+            again.accumulate()
+        values.append(average_precision(again.eval["precision"]))
+    low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def average_precision(precision: npt.NDArray[np.float64]) -> float:
+    """Return the mean of pycocotools' precisions (overlap, recall, class, size, most), but for classes without any."""
+    valid = precision[:, :, :, 0, -1]
+    valid = valid[valid > -1]
+    return float(valid.mean()) if valid.size else float("nan")
