@@ -121,17 +121,17 @@ def image_map(model: Model) -> Tensor:
     return torch.eye(model.encoder.width) if projection is None else projection.get_parameter("weight").detach().cpu()
 
 
-def position_table(encoder: Encoder) -> Tensor:
-    """Return (prefix + L, D): what is added to the tokens, fixed positions and the bias of the patches included.
+def position_table(encoder: Encoder, with_bias: bool = True) -> Tensor:
+    """Return (prefix + L, D): what is added to the tokens of a plain vision transformer, fixed positions included.
 
-    Other libraries learn all positions, and have no bias on their patches: it is the same for all of them.
+    with_bias: add the bias of the patches, for libraries whose patches have none; it is the same at all positions.
     """
     backbone = encoder.backbone
     table = torch.zeros(encoder.prefix + encoder.num_patches, encoder.width)
     if backbone.pos_embed is not None:
         rows = backbone.pos_embed[0].detach().cpu()
         table[-len(rows) :] += rows
-    if backbone.patch_embed.proj.bias is not None:
+    if with_bias and backbone.patch_embed.proj.bias is not None:
         table[encoder.prefix :] += backbone.patch_embed.proj.bias.detach().cpu()
     return table
 

@@ -1,8 +1,8 @@
-"""Tokenizers of Hugging Face's transformers as a `Tokenizer`, and a `Tokenizer` as a folder of transformers."""
+"""Tokenizers of Hugging Face's transformers as a `Tokenizer`, and a `Tokenizer` as one of transformers."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 from typing import Any
 
 import tokenizers
@@ -57,8 +57,8 @@ def _fetch(name: str) -> Any:
         ) from None
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int, pad_with_end: bool = False) -> None:
-    """Write `tokenizer` to `folder` so that transformers' AutoTokenizer gives the same ids, framed in the same way.
+def fast_tokenizer(tokenizer: Tokenizer, context: int, pad_with_end: bool = False) -> Any:
+    """Return `tokenizer` as one of transformers that gives the same ids, framed in the same way.
 
     A text that spells a special token is an exception: transformers always takes it for the token. OpenCLIP's repair of
     broken texts is left out, since OpenCLIP does it itself, and transformers cannot.
@@ -71,15 +71,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int, pad_with_e
 
     rules, model = tokenizer.rules, tokenizers.Tokenizer.from_str(tokenizer.model.to_str())
     names = {role: str(model.id_to_token(getattr(tokenizer, role))) for role in ("start", "end", "pad")}
-    if rules.clean in ("letters", "canonicalize"):
-        model.normalizer = _without_punctuation(model.normalizer, rules.clean == "canonicalize")
-    elif rules.clean == "lower":
-        spaces = [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
-        model.normalizer = normalizers.Sequence([*spaces, *([model.normalizer] if model.normalizer else [])])
+    if rules.clean != "none":
+        model.normalizer = _cleaned(rules.clean, model.normalizer)
     used = [names["start"], names["end"]] if rules.start else [names["end"]]
+    frame = " ".join([*used[:-1], "$A", used[-1]])
     special = [(name, model.token_to_id(name)) for name in used]
-    model.post_processor = processors.TemplateProcessing(" ".join([*used[:-1], "$A", used[-1]]), special_tokens=special)
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    model.post_processor = processors.TemplateProcessing(frame, special_tokens=special)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=model,
         eos_token=names["end"],
         pad_token=names["end" if pad_with_end else "pad"],
@@ -87,12 +85,32 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int, pad_with_e
         model_max_length=context,
         **({"bos_token": names["start"]} if rules.start else {}),
     )
-    fast.save_pretrained(folder)
 
 
-def _without_punctuation(then: Any, underscores: bool) -> Any:
-    """Return the normalizer that drops ASCII's punctuation, and goes on with `then`."""
-    steps: list[Any] = [normalizers.Replace("_", " ")] if underscores else []
-    steps += [normalizers.Lowercase(), normalizers.Replace(tokenizers.Regex(r"[!-/:-@\[-`{-~]"), "")]
+def swapped(tokenizer: Tokenizer, first: int, second: int) -> Tokenizer:
+    """Return `tokenizer` with two ids changed for each other.
+
+    Raises:
+        UserError: its vocabulary has an order of its own.
+    """
+    other = {first: second, second: first}
+    state = json.loads(tokenizer.model.to_str())
+    words = state["model"].get("vocab")
+    if not isinstance(words, dict):
+        raise UserError("transformers' CLIP needs another number for the end token, which this vocabulary cannot give.")
+    state["model"]["vocab"] = {word: other.get(number, number) for word, number in words.items()}
+    for token in state["added_tokens"]:
+        token["id"] = other.get(token["id"], token["id"])
+    pad, start, end = (other.get(token, token) for token in (tokenizer.pad, tokenizer.start, tokenizer.end))
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)), pad, start, end, tokenizer.rules)
+
+
+def _cleaned(clean: Clean, then: Any) -> Any:
+    """Return the normalizer that cleans a text, but for repairs, and goes on with `then`."""
+    steps: list[Any] = [normalizers.Replace("_", " ")] if clean == "canonicalize" else []
+    if clean in ("letters", "canonicalize"):
+        steps.append(normalizers.Replace(tokenizers.Regex(r"[!-/:-@\[-`{-~]"), ""))
+    if clean != "whitespace":
+        steps.append(normalizers.Lowercase())
     steps += [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()]
-    return normalizers.Sequence([*steps, *([then] if then is not None else [])])
+    return normalizers.Sequence([*steps, *([] if then is None else [then])])

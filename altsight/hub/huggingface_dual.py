@@ -57,17 +57,18 @@ def read(source: Source) -> Model:
     config, folder = source.json("config.json"), str(source.path)
     kind = config["model_type"]
     vision, language = (_settings(kind, config, part) for part in ("vision", "text"))
-    preprocess = _preprocess(source, vision["image_size"])
+    preprocess = preprocess_in(source, vision["image_size"])
     embed_dim: int = config.get("projection_dim", 512) if kind == "clip" else language["projection_size"]
+    text = _text(kind, language, embed_dim, folder)
     model = Model(
         Found(f"{'CLIP' if kind == 'clip' else 'SigLIP'} of Hugging Face's transformers"),
         _encoder(kind, vision, preprocess.normalization),
         preprocess,
         "cls" if kind == "clip" else "pooled",
-        text=_text(kind, language, embed_dim, folder),
+        text=text,
         image_projection=nn.Linear(vision["hidden_size"], embed_dim, bias=False) if kind == "clip" else None,
     )
-    names = model_names(model, kind)
+    names = image_names(model.encoder, kind) | text_names(text, kind)
     weights = joined(source.weights)
     left, missing = adopt(model, weights, names)
     need_all(missing, names, source.given)
@@ -97,27 +98,36 @@ def fetched(source: Source) -> Source:
     return parse(folder)
 
 
-def model_names(model: Model, kind: str) -> Names:
-    """Return the names of the weights of `model` in transformers' CLIP or SigLIP, as `joined` has them."""
-    assert isinstance(model.text, TextTower)
+def image_names(encoder: Encoder, kind: str) -> Names:
+    """Return the names of the image side of transformers' "clip" or "siglip", as `joined` has them."""
     own, other = "encoder.backbone", "vision_model"
     names = {
         f"{own}.pos_embed": f"{other}.embeddings.position_embedding.weight",
         f"{own}.patch_embed.proj.weight": f"{other}.embeddings.patch_embedding.weight",
-        "text.token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-        "text.positional_embedding": "text_model.embeddings.position_embedding.weight",
     }
-    names |= linear(f"{own}.norm", f"{other}.post_layernorm") | linear("text.ln_final", "text_model.final_layer_norm")
-    names |= block_names(f"{own}.blocks", f"{other}.encoder.layers", len(model.encoder.backbone.blocks), BLOCK)
-    names |= block_names("text.blocks", "text_model.encoder.layers", len(model.text.blocks), BLOCK)
+    names |= linear(f"{own}.norm", f"{other}.post_layernorm")
+    names |= block_names(f"{own}.blocks", f"{other}.encoder.layers", len(encoder.backbone.blocks), BLOCK)
     if kind == "clip":
         names |= {f"{own}.cls_token": f"{other}.embeddings.class_embedding"}
         # Misspelt in transformers.
         names |= linear(f"{own}.norm_pre", f"{other}.pre_layrnorm")
-        names |= {"image_projection.weight": "visual_projection.weight"}
-        return names | {"text.text_projection.weight": "text_projection.weight"}
+        return names | {"image_projection.weight": "visual_projection.weight"}
     names |= {f"{own}.patch_embed.proj.bias": f"{other}.embeddings.patch_embedding.bias"}
-    return names | _head_names(f"{own}.attn_pool", f"{other}.head") | linear("text.text_projection", "text_model.head")
+    return names | _head_names(f"{own}.attn_pool", f"{other}.head")
+
+
+def text_names(tower: TextTower, kind: str) -> Names:
+    """Return the names of the text side of transformers' "clip" or "siglip", as `joined` has them."""
+    own, other = "text", "text_model"
+    names = {
+        f"{own}.token_embedding.weight": f"{other}.embeddings.token_embedding.weight",
+        f"{own}.positional_embedding": f"{other}.embeddings.position_embedding.weight",
+    }
+    names |= linear(f"{own}.ln_final", f"{other}.final_layer_norm")
+    names |= block_names(f"{own}.blocks", f"{other}.encoder.layers", len(tower.blocks), BLOCK)
+    if kind == "clip":
+        return names | {f"{own}.text_projection.weight": "text_projection.weight"}
+    return names | linear(f"{own}.text_projection", f"{other}.head", bias=tower.text_projection.bias is not None)
 
 
 def _head_names(own: str, other: str) -> Names:
@@ -240,8 +250,8 @@ def _ratio(settings: Mapping[str, Any]) -> float:
     return inner / width if inner % width == 0 else (inner + 0.5) / width
 
 
-def _preprocess(source: Source, size: int) -> Preprocess:
-    """Return the folder's preprocessing, at the size of the model."""
+def preprocess_in(source: Source, size: int) -> Preprocess:
+    """Return the preprocessing of a folder of transformers, at the size of the model."""
     settings = source.json("preprocessor_config.json") or source.json("processor_config.json").get(
         "image_processor", {}
     )

@@ -16,7 +16,7 @@ from altsight.core.config import write_json
 from altsight.core.errors import UserError
 from altsight.data.views import statistics
 from altsight.hub.dual import Foreign, image_map, is_plain, need_plain_map, need_tower, norm_eps, position_table
-from altsight.hub.hf_tokenizer import write_tokenizer
+from altsight.hub.hf_tokenizer import fast_tokenizer
 from altsight.hub.model import Model
 from altsight.hub.names import handed_out
 from altsight.hub.openclip import CONFIG
@@ -60,7 +60,7 @@ def write(model: Model, folder: Path) -> None:
         settings["init_logit_bias"] = model.logit_bias
         weights["logit_bias"] = torch.tensor(model.logit_bias)
     if "hf_tokenizer_name" in language:
-        write_tokenizer(text.tokenizer, folder, text.context, text.config.pad_with_end)
+        fast_tokenizer(text.tokenizer, text.context, text.config.pad_with_end).save_pretrained(folder)
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
     write_json(folder / CONFIG, {"model_cfg": settings, "preprocess_cfg": _preprocess(model)})
 

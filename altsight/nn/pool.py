@@ -74,7 +74,8 @@ class MAPHead(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.pool = AttentionPool(width, width, heads, queries=1)
-        self.norm = LayerNorm(width)
+        # The source's layer norms add 1e-6, as those of the encoder do.
+        self.norm = LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, 4 * width)
 
     def init_weights(self, at: Key) -> None:

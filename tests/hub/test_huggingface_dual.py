@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from altsight.evals.load import view_of
+from altsight.hub.dual import as_model
+from altsight.hub.huggingface_write import load_back, write
 from altsight.hub.load import load_model
 from altsight.hub.model import Model
-from tests.hub.test_openclip import scrambled
+from altsight.methods.base import Method
+from altsight.methods.clip import CLIP
+from altsight.methods.siglip import SigLIP
+from altsight.nn.encoder import EncoderConfig
+from tests.hub.test_openclip import ENCODER, OWN_TEXT, scrambled, trained
+from tests.hub.test_openclip import RUNS as OPENCLIP_RUNS
 from tests.hub.test_tokenizers import PIECES, difficult
 
 TEXTS = ["a photo of a dog", "", "two red circles; 3 more", "word " * 100]
@@ -101,6 +111,18 @@ MODELS: dict[str, tuple[Any, Mapping[str, Any], Mapping[str, Any]]] = {
 }
 
 
+RUNS: dict[str, tuple[type[Method], Any, EncoderConfig]] = {
+    **{name: run for name, run in OPENCLIP_RUNS.items() if name != "siglip"},
+    "clip with two activations and registers": (CLIP, CLIP.Config(OWN_TEXT, 48), replace(ENCODER, registers=2)),
+    "clip without positions": (CLIP, CLIP.Config(OWN_TEXT, 48), replace(ENCODER, positions="none")),
+    "siglip without a class token": (
+        SigLIP,
+        SigLIP.Config(replace(OWN_TEXT, quick_gelu=False, causal=False, pool="last", pad_with_end=True)),
+        replace(ENCODER, model="vit_base_patch16_siglip_gap_224"),
+    ),
+}
+
+
 @torch.inference_mode()
 def vectors(model: Model, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return the un-normalised vectors of images and of `TEXTS`."""
@@ -145,3 +167,43 @@ def test_tokens_are_the_librarys(make: Any, tmp_path: Path) -> None:
     wanted = other(texts, padding="max_length", truncation=True, max_length=16, return_tensors="pt").input_ids
     found = ours.encode_all(texts, 16)
     assert not [text for text, a, b in zip(texts, found, wanted, strict=True) if not torch.equal(a, b)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_read_is_written_and_read_again(name: str, tmp_path: Path) -> None:
+    make, vision, text = MODELS[name]
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+    make(tmp_path / "first", vision, text)
+    first = load_model(str(tmp_path / "first"))
+    write(first, tmp_path / "second")
+    second = load_model(str(tmp_path / "second"))
+    a, b = first.state_dict(), second.state_dict()
+    assert a.keys() == b.keys()
+    assert not [key for key in a if not torch.equal(a[key], b[key])]
+    assert (second.preprocess, second.joint_point) == (first.preprocess, first.joint_point)
+    assert second.logit_scale == pytest.approx(first.logit_scale) and second.logit_bias == first.logit_bias
+    assert first.text is not None and second.text is not None
+    texts = difficult()
+    assert torch.equal(second.text.encode(texts), first.text.encode(texts))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_are_what_transformers_makes_of_their_export(name: str, tmp_path: Path) -> None:
+    from transformers import AutoProcessor
+
+    view = view_of(trained(*RUNS[name]), "run")
+    write(as_model(view), tmp_path)
+    other = load_back(tmp_path)
+    size = view.preprocess.size
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    assert view.text is not None and view.embed_image is not None
+    with torch.inference_mode():
+        image, text = view.embed_image(view.encoder(images)), view.text(view.text.encode(TEXTS))
+    torch.testing.assert_close(other.image(images), image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(other.text(TEXTS), text, atol=1e-5, rtol=0)
+    assert other.scale == pytest.approx(view.logit_scale) and other.bias == pytest.approx(view.logit_bias)
+    inputs = AutoProcessor.from_pretrained(tmp_path)(
+        text=TEXTS, images=[Image.new("RGB", (90, 70))], padding="max_length", truncation=True, return_tensors="pt"
+    )
+    assert inputs["pixel_values"].shape[-2:] == (size, size) and inputs["input_ids"].shape[1] == view.text.context

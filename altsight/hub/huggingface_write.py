@@ -1,0 +1,111 @@
+"""Dual encoders as folders that transformers loads: `AutoModel.from_pretrained(FOLDER)`, `AutoProcessor` likewise.
+
+CLIP and SigLIP take the form of the library's classes of that name. Any other image tower of timm is put beside a text
+tower of CLIP's or SigLIP's in the library's pair of any two models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altsight.data.views import statistics
+from altsight.hub.dual import Foreign, need_plain_map, need_tower
+from altsight.hub.hf_tokenizer import fast_tokenizer, swapped
+from altsight.hub.huggingface_forms import any_two, clip, form_of, siglip, text_kind
+from altsight.hub.model import Model
+
+USAGE = """import torch
+from transformers import AutoModel, AutoProcessor
+
+model, processor = AutoModel.from_pretrained("{folder}"), AutoProcessor.from_pretrained("{folder}")
+texts = ["a photo of a dog", "a photo of a cat"]
+inputs = processor(text=texts, padding="max_length", truncation=True, return_tensors="pt")
+with torch.inference_mode():
+    vectors = model.get_text_features(input_ids=inputs["input_ids"])
+"""
+AMBIGUOUS_END = 2
+"""Where transformers' CLIP finds this id of the end token in its settings, it looks for the highest id instead."""
+
+
+def write(model: Model, folder: Path) -> None:
+    """Write the dual encoder `model` to `folder`, which exists.
+
+    Raises:
+        UserError: transformers has no such model; the message says what it lacks. Nothing is written then.
+    """
+    text = need_tower(model, "transformers")
+    need_plain_map(model, "transformers")
+    form = form_of(model, text)
+    theirs = {"clip": clip, "siglip": siglip, "any": any_two}[form](model, text)
+    theirs.logit_scale.data.fill_(math.log(model.logit_scale))
+    tokenizer = text.tokenizer
+    if text_kind(text) == "clip" and tokenizer.end == AMBIGUOUS_END:
+        last = tokenizer.vocab_size - 1
+        tokenizer = swapped(tokenizer, AMBIGUOUS_END, last)
+        _swap_words(theirs, AMBIGUOUS_END, last)
+    theirs.eval().save_pretrained(folder)
+    fast = fast_tokenizer(tokenizer, text.context, text.config.pad_with_end)
+    _processor(form, _image_processor(model), fast).save_pretrained(folder)
+
+
+def load_back(folder: Path) -> Foreign:
+    """Return what transformers makes of the folder that `write` wrote."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def image(images: Tensor) -> Tensor:
+        return _vectors(model.get_image_features(pixel_values=images))
+
+    @torch.inference_mode()
+    def text(texts: Sequence[str]) -> Tensor:
+        inputs = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
+        return _vectors(model.get_text_features(input_ids=inputs.input_ids))
+
+    bias = model.logit_bias.item() if hasattr(model, "logit_bias") else 0.0
+    return Foreign(image, text, model.logit_scale.exp().item(), bias)
+
+
+def _vectors(output: Any) -> Tensor:
+    """Return the vectors; before its fifth version the library returned nothing else."""
+    vectors: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return vectors
+
+
+@torch.no_grad()
+def _swap_words(theirs: Any, first: int, second: int) -> None:
+    """Change two rows of the table of tokens for each other, and name the end token by its new number."""
+    table = theirs.text_model.embeddings.token_embedding.weight
+    table[[first, second]] = table[[second, first]]
+    theirs.config.text_config.eos_token_id = second
+
+
+def _image_processor(model: Model) -> Any:
+    from transformers import CLIPImageProcessor
+
+    preprocess = model.preprocess
+    mean, std = statistics(preprocess.normalization)
+    side = round(preprocess.size / preprocess.crop_ratio)
+    size = {"height": side, "width": side} if preprocess.squash else {"shortest_edge": side}
+    return CLIPImageProcessor(
+        size=size,
+        crop_size={"height": preprocess.size, "width": preprocess.size},
+        resample=2 if preprocess.interpolation == "bilinear" else 3,
+        image_mean=list(mean),
+        image_std=list(std),
+    )
+
+
+def _processor(form: str, image_processor: Any, tokenizer: Any) -> Any:
+    from transformers import CLIPProcessor, SiglipProcessor, VisionTextDualEncoderProcessor
+
+    kinds: dict[str, Any] = {"clip": CLIPProcessor, "siglip": SiglipProcessor, "any": VisionTextDualEncoderProcessor}
+    return kinds[form](image_processor=image_processor, tokenizer=tokenizer)
