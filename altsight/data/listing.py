@@ -79,13 +79,16 @@ def read_classes(path: Path) -> dict[str, tuple[str, ...]]:
     return classes
 
 
-def check_labels(items: Sequence[Item], classes: Sequence[str], where: Path) -> None:
-    """Raise UserError if an item has a label that is no class, or a folder of class folders lacks one of a class."""
+def check_labels(items: Sequence[Item], classes: Sequence[str], where: Path, all_have_folders: bool = True) -> None:
+    """Raise UserError if an item has a label that is no class.
+
+    all_have_folders: raise it, too, if `where` is a folder of class folders and a class has none.
+    """
     for item in items:
         if item.label and item.label not in classes:
             near = did_you_mean(item.label, classes)
             raise UserError(f"'{item.path}' has the label '{item.label}', which is none of the classes.{near}")
-    if where.is_dir() and any(item.label for item in items):
+    if all_have_folders and where.is_dir() and any(item.label for item in items):
         for name in classes:
             if not (where / name).is_dir():
                 raise UserError(f"the class '{name}' has no folder in '{where}': add it, or leave the class out.")

@@ -62,12 +62,16 @@ def score(
     }
     found = logits(extracted.vectors[rows]).float().cpu()
     if images.labels.several:
-        yield _precision(view, found, targets, facts)
+        yield precision(view, found, targets, facts)
     else:
-        yield from _accuracies(view, found, targets.argmax(dim=1), facts)
+        yield from accuracies(view, found, targets.argmax(dim=1), facts)
 
 
-def _accuracies(view: View, logits: Tensor, labels: Tensor, facts: dict[str, Any]) -> Iterator[Result]:
+def accuracies(view: View, logits: Tensor, labels: Tensor, facts: dict[str, Any]) -> Iterator[Result]:
+    """Yield top-1, top-5 (with more than five classes) and mean-per-class accuracy of logits (n, C) and labels (n,).
+
+    facts: the remaining fields of `Result`.
+    """
     classes = logits.shape[1]
     places = ranks(logits, labels)
     facts["extra"] |= {"commonest": rate_of_commonest(labels, labels)}
@@ -88,8 +92,8 @@ def _accuracies(view: View, logits: Tensor, labels: Tensor, facts: dict[str, Any
     )
 
 
-def _precision(view: View, logits: Tensor, targets: Tensor, facts: dict[str, Any]) -> Result:
-    """Return the mean average precision over the classes that occur."""
+def precision(view: View, logits: Tensor, targets: Tensor, facts: dict[str, Any]) -> Result:
+    """Return the mean average precision, over the classes that occur, of logits (n, C) and targets (n, C) of 0 and 1."""
     occurring = targets.any(dim=0)
     if not occurring.any():
         raise UserError(f"no image of '{facts['task']}' has a class, so there is nothing to score: mend its labels.")

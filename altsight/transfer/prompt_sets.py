@@ -17,6 +17,7 @@ from altsight.core.config import from_dict, read_json, to_dict, write_json
 from altsight.core.errors import UserError
 from altsight.core.rng import key
 from altsight.evals.base import View
+from altsight.evals.templates import check_prompts
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ def draw_bank(templates: Sequence[str], classes: Mapping[str, Sequence[str]], co
     Raises:
         UserError: a template has no place for the name, or there is none.
     """
-    _check(templates, count)
+    check_prompts(tuple(templates))
+    if count < 1:
+        raise UserError(f"{count} sets of prompts ask nothing: use --sets 1 or more.")
     sets = []
     for number in range(count):
         rng = key(seed, number, "prompts").generator()
@@ -68,10 +71,11 @@ def read_bank(path: Path, classes: Sequence[str]) -> PromptBank:
     """
     bank = from_dict(read_json(path), PromptBank, str(path))
     for found in bank.sets:
-        _check(found.templates, len(bank.sets))
+        check_prompts(found.templates, f"'{path}': ")
         if set(found.names) != set(classes) or not all(found.names.values()):
             raise UserError(f"the prompts in '{path}' are for other classes: draw new ones, or give their class file.")
-    _check(("{}",), len(bank.sets))
+    if not bank.sets:
+        raise UserError(f"'{path}' holds no set of prompts: draw new ones.")
     return bank
 
 
@@ -85,13 +89,3 @@ def class_vectors(view: View, sets: Sequence[PromptSet], classes: Sequence[str])
     vectors, row = view.encode_text(texts), {text: i for i, text in enumerate(texts)}
     means = [vectors[[row[text] for text in prompts]].mean(dim=0) for found in wanted for prompts in found]
     return F.normalize(torch.stack(means), dim=-1).unflatten(0, (len(sets), len(classes)))
-
-
-def _check(templates: Sequence[str], count: int) -> None:
-    if count < 1 or not templates:
-        raise UserError("zero-shot classification needs at least one set of prompts with one template, such as 'a {}'.")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise UserError(
-                f"the prompt '{template}' needs one {{}} where the class name goes, as in 'a photo of a {{}}'."
-            )

@@ -280,7 +280,7 @@ def test_emoji_on_a_canvas_lie_where_it_is_said(tmp_path: Path) -> None:
         ({"classes": "more.txt"}, "'green' has no folder"),
         ({"data": "missing"}, "does not exist"),
         ({"templates": ("a slide",)}, "needs one {}"),
-        ({"sets": 0}, "at least one set"),
+        ({"sets": 0}, "--sets 1"),
         ({"batch": 0}, "--batch"),
         ({"topk": ()}, "--topk"),
         ({"topk": (5, 0)}, "--topk"),
