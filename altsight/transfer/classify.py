@@ -93,7 +93,7 @@ def accuracies(view: View, logits: Tensor, labels: Tensor, facts: dict[str, Any]
 
 
 def precision(view: View, logits: Tensor, targets: Tensor, facts: dict[str, Any]) -> Result:
-    """Return the mean average precision, over the classes that occur, of logits (n, C) and targets (n, C) of 0 and 1."""
+    """Return the mean average precision over the classes that occur; logits and targets of 0 and 1 are (n, C)."""
     occurring = targets.any(dim=0)
     if not occurring.any():
         raise UserError(f"no image of '{facts['task']}' has a class, so there is nothing to score: mend its labels.")
