@@ -52,7 +52,7 @@ class LearnedPrompts(nn.Module):
 
     def forward(self, contexts: Tensor | None = None) -> Tensor:
         """Return the vectors (K, E); (B, K, E) where contexts (B, C, W) of every image take the learned ones' place."""
-        learned = (self.contexts if contexts is None else contexts).view(-1, 1, *self.contexts.shape)
+        learned = (self.contexts[None] if contexts is None else contexts)[:, None]
         images, classes = len(learned), len(self.ids)
         words = self.tower.token_embedding(self.ids)
         first = int((self.ids[:, 0] == self.tower.tokenizer.start).all())
