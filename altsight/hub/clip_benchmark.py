@@ -69,14 +69,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run CLIP_benchmark's command line with the model type `altsight`."""
     try:
         from clip_benchmark import cli, models
+        from clip_benchmark.metrics import zeroshot_classification
     except ModuleNotFoundError:
         raise UserError("CLIP_benchmark is not installed: `pip install clip-benchmark webdataset`.") from None
     models.TYPE2FUNC[MODEL_TYPE] = load
     # The command line holds this very list as its choices.
     if MODEL_TYPE not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL_TYPE)
+    # Its top-k turns an array of one number to a float, which NumPy no longer does from 2.4 on.
+    zeroshot_classification.float = _to_float
     sys.argv = ["clip_benchmark", *(sys.argv[1:] if argv is None else argv)]
     cli.main()
+
+
+def _to_float(value: Any) -> float:
+    return float(value.item() if isinstance(value, np.ndarray) else value)
 
 
 if __name__ == "__main__":

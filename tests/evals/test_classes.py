@@ -53,7 +53,7 @@ def test_what_is_no_class_file_is_refused(name: str, content: object, message: s
 def test_missing_files_and_labels_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.txt.*cannot be read"):
         class_names(str(tmp_path / "no.txt"), ["a"])
-    with pytest.raises(UserError, match="'names.json' has no name for the label 'c' and 1 more"):
+    with pytest.raises(UserError, match=r"'names\.json' has no name for the label 'c' and 1 more"):
         check_named({"a": "owl"}, ["a", "d", "c", ""], "names.json")
 
 

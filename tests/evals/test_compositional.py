@@ -89,7 +89,7 @@ def test_wrong_layouts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"names the image 'pink', which is not in"):
         read_winoground(str(tmp_path))
     (tmp_path / "examples.jsonl").write_text('{"id": 0}')
-    with pytest.raises(UserError, match="line 1 of .* must be a JSON object with image_0"):
+    with pytest.raises(UserError, match=r"line 1 of .* must be a JSON object with image_0"):
         read_winoground(str(tmp_path))
     with pytest.raises(UserError, match="holds no JSON file"):
         read_sugarcrepe(str(tmp_path / "images"), str(tmp_path))
