@@ -65,7 +65,8 @@ def fast_tokenizer(tokenizer: Tokenizer, context: int, pad_with_end: bool = Fals
 
     Args:
         context: longest text in tokens.
-        pad_with_end: the padding is the end token, whatever the tokenizer's own is.
+        pad_with_end: the padding is the end token, whatever the tokenizer's own is. So it is for OpenCLIP's tokenizer,
+            which pads with the id of "!": transformers would take every "!" for padding.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +81,7 @@ def fast_tokenizer(tokenizer: Tokenizer, context: int, pad_with_end: bool = Fals
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=model,
         eos_token=names["end"],
-        pad_token=names["end" if pad_with_end else "pad"],
+        pad_token=names["end" if pad_with_end or rules.special == "words" else "pad"],
         padding_side="left" if rules.pad_left else "right",
         model_max_length=context,
         **({"bos_token": names["start"]} if rules.start else {}),

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altsight.core.errors import UserError
 from altsight.data.views import statistics
 from altsight.hub.dual import Foreign, need_plain_map, need_tower
 from altsight.hub.hf_tokenizer import fast_tokenizer, swapped
-from altsight.hub.huggingface_forms import any_two, clip, form_of, siglip, text_kind
+from altsight.hub.huggingface_forms import OTHERS, any_two, clip, form_of, siglip, text_kind
 from altsight.hub.model import Model
 
 USAGE = """import torch
@@ -42,6 +43,11 @@ def write(model: Model, folder: Path) -> None:
     text = need_tower(model, "transformers")
     need_plain_map(model, "transformers")
     form = form_of(model, text)
+    if not text.config.causal and text.tokenizer.rules.special == "words":
+        raise UserError(
+            "transformers cannot pad with the token of a letter, as OpenCLIP's tokenizer does, and this text tower sees "
+            f"the padding: {OTHERS}."
+        )
     theirs = {"clip": clip, "siglip": siglip, "any": any_two}[form](model, text)
     theirs.logit_scale.data.fill_(math.log(model.logit_scale))
     tokenizer = text.tokenizer

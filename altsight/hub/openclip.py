@@ -25,7 +25,7 @@ from altsight.hub.source import Source
 
 CONFIG = "open_clip_config.json"
 OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
-"""Numbers that OpenAI's archives keep among the weights."""
+"""Numbers that OpenAI's archives keep among the weights; they are left over."""
 SCALES = ("logit_scale", "logit_bias")
 
 
@@ -107,7 +107,7 @@ def build(
     _no_bias_of_patches(model)
     left, missing = adopt(model, weights, names, transposed(names))
     need_all(missing, names, given)
-    model.found = Found(recognised, tuple(name for name in left if name not in (*SCALES, *OPENAI_MARKS)))
+    model.found = Found(recognised, tuple(name for name in left if name not in SCALES))
     return model
 
 

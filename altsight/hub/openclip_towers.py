@@ -122,7 +122,8 @@ def trunk_names(encoder: Encoder) -> Names:
 
 
 def _trunk(settings: Mapping[str, Any], embed_dim: int, normalization: str) -> ImageSide:
-    _check(settings, _TRUNK_KNOWN, _IMAGE_IGNORED, "vision_cfg")
+    # The name overrides all that describes OpenCLIP's own image tower.
+    _check(settings, _TRUNK_KNOWN, _IMAGE_KNOWN | _IMAGE_IGNORED, "vision_cfg")
     model, pool, head = (
         settings["timm_model_name"],
         settings.get("timm_pool", "avg"),

@@ -28,7 +28,7 @@ from altsight.nn.text import TextTower
 WEIGHTS = "open_clip_model.safetensors"
 USAGE = """import open_clip
 
-model, preprocess = open_clip.create_from_pretrained("local-dir:{folder}")
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:{folder}")
 tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
 texts = model.encode_text(tokenizer(["a photo of a dog", "a photo of a cat"]), normalize=True)
 """

@@ -1,0 +1,238 @@
+"""Where dual encoders come from and go to: files of OpenAI's and OpenCLIP's, other sizes, other libraries; errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import altsight
+from altsight.core.errors import UserError
+from altsight.evals.load import view_of
+from altsight.hub import huggingface_write, openclip_write
+from altsight.hub.dual import as_model
+from altsight.hub.load import load_model
+from altsight.hub.model import Model
+from altsight.methods.align import ALIGN
+from altsight.methods.clip import CLIP
+from altsight.methods.flip import FLIP
+from altsight.methods.siglip import SigLIP
+from altsight.nn.language import BertTowerConfig
+from altsight.nn.text import TextConfig
+from tests.hub.test_huggingface_dual import MODELS as HF
+from tests.hub.test_openclip import ENCODER, MODELS, OWN_TEXT, pixels, saved, settings, theirs, trained, vectors
+
+TEXTS = ["a photo of a dog", "", "two red circles!"]
+WIDE = settings({"width": 128, "head_width": 64}, {"width": 128, "heads": 2})
+"""Heads of 64 channels, which OpenAI's and OpenCLIP's own models have: they do not show in the weights."""
+
+
+def equal(model: Model, other: Any) -> None:
+    """Check that `model` gives the vectors of OpenCLIP's `other`."""
+    import open_clip
+
+    images = pixels(model.encoder.config.img_size)
+    image, text = vectors(model, images)
+    with torch.inference_mode():
+        ids = open_clip.tokenize(["a photo of a dog", "", "two red circles; 3 <end_of_text> more", "word " * 100], 20)
+        torch.testing.assert_close(image, other.encode_image(images), atol=1e-5, rtol=0)
+        torch.testing.assert_close(text, other.encode_text(ids), atol=1e-5, rtol=0)
+
+
+def test_openais_archive_is_read_with_its_activation(tmp_path: Path) -> None:
+    other = theirs(WIDE | {"quick_gelu": True})
+    for name, value in (("input_resolution", 64), ("context_length", 20), ("vocab_size", 49408)):
+        if hasattr(other, name):
+            delattr(other, name)
+        other.register_buffer(name, torch.tensor(value))
+    inputs = {"encode_image": pixels(64), "encode_text": torch.ones(1, 20, dtype=torch.long)}
+    torch.jit.trace_module(other, inputs, check_trace=False).save(str(tmp_path / "ViT-B-16.pt"))
+    model = load_model(str(tmp_path / "ViT-B-16.pt"))
+    assert model.found.recognised.startswith("OpenAI's CLIP")
+    # Numbers and the causal mask, which need not be read.
+    assert model.found.left_over == ("attn_mask", "context_length", "input_resolution", "vocab_size")
+    assert model.encoder.config.quick_gelu and model.encoder.heads == 2
+    assert model.preprocess.normalization == "clip"
+    equal(model, other)
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_a_checkpoint_of_open_clips_training_is_read(custom: bool, tmp_path: Path) -> None:
+    other = theirs(WIDE | {"custom_text": custom})
+    state = {f"module.{name}": value for name, value in other.state_dict().items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}}, tmp_path / "epoch_3.pt")
+    model = load_model(str(tmp_path / "epoch_3.pt"))
+    assert "exact GELU" in model.found.recognised and model.found.left_over == ()
+    equal(model, other)
+
+
+def test_half_precision_becomes_full(tmp_path: Path) -> None:
+    state = {name: value.half() for name, value in theirs(WIDE).state_dict().items()}
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
+    model = load_model(str(tmp_path / "model.safetensors"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.encoder.backbone.cls_token.flatten(), state["visual.class_embedding"].float())
+
+
+def test_a_file_takes_its_settings_from_the_model_that_is_named(tmp_path: Path) -> None:
+    import open_clip
+
+    # The smallest of the library's models; its image side of timm does not show in its weights.
+    name = "ViT-S-32-alt"
+    other = open_clip.create_model(name).eval()
+    save_file(other.state_dict(), tmp_path / "weights.safetensors")
+    model = load_model(f"open_clip:{name}={tmp_path / 'weights.safetensors'}")
+    assert model.found.recognised == f"OpenCLIP's {name}"
+    images = pixels(224)
+    with torch.inference_mode():
+        torch.testing.assert_close(vectors(model, images)[0], other.encode_image(images), atol=1e-5, rtol=0)
+
+
+def test_another_size_is_resampled_as_open_clip_does(tmp_path: Path) -> None:
+    import open_clip
+
+    folder = saved(tmp_path / "model", MODELS["ViT-B-16"], theirs(MODELS["ViT-B-16"]))
+    model = load_model(str(folder), img_size=96)
+    other = open_clip.create_model(f"local-dir:{folder}", force_image_size=96).eval()
+    assert model.preprocess.size == 96
+    images = pixels(96)
+    with torch.inference_mode():
+        torch.testing.assert_close(vectors(model, images)[0], other.encode_image(images), atol=1e-5, rtol=0)
+
+
+def test_preprocessing_is_read(tmp_path: Path) -> None:
+    other = theirs(MODELS["ViT-B-16"])
+    how = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+    preprocess = load_model(str(saved(tmp_path / "model", MODELS["ViT-B-16"], other, **how))).preprocess
+    assert (preprocess.size, preprocess.normalization) == (64, "half")
+    assert (preprocess.interpolation, preprocess.squash) == ("bilinear", True)
+
+
+@torch.inference_mode()
+def both(model: Model, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the vectors of images and of `TEXTS`."""
+    assert model.text is not None
+    return model.eval().embed_image(model.encoder(images)), model.text(model.text.encode(TEXTS))
+
+
+@pytest.mark.parametrize("source", ["ViT-B-16-quickgelu", "mean of the patches, read at the end", "CLIP", "SigLIP"])
+def test_models_of_one_library_go_to_the_other(source: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    if source in HF:
+        make, vision, text = HF[source]
+        make(tmp_path, vision, text)
+        model, writer = load_model(str(tmp_path)), openclip_write
+    else:
+        config = settings({"pool_type": "avg", "no_ln_pre": True}) if source not in MODELS else MODELS[source]
+        model, writer = load_model(str(saved(tmp_path / "in", config, theirs(config)))), huggingface_write  # type: ignore[assignment]
+    if source == "SigLIP":
+        with pytest.raises(UserError, match="OpenCLIP cannot hold this model"):
+            writer.write(model, tmp_path / "out")
+        return
+    if source.startswith("mean"):
+        with pytest.raises(UserError, match="cannot name the 1e-05 in the layer norms"):
+            writer.write(model, tmp_path / "out")
+        return
+    writer.write(model, tmp_path / "out")
+    other = writer.load_back(tmp_path / "out")
+    image, words = both(model, pixels(64))
+    torch.testing.assert_close(other.image(pixels(64)), image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(other.text(TEXTS), words, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("writer", [openclip_write, huggingface_write])
+def test_the_usage_that_is_printed_runs(writer: Any, tmp_path: Path) -> None:
+    config = CLIP.Config(TextConfig(64, 2, 2, 20), 48)
+    encoder = ENCODER.__class__(**{**vars(ENCODER), "quick_gelu": True})
+    writer.write(as_model(view_of(trained(CLIP, config, encoder), "run")), tmp_path)
+    names: dict[str, Any] = {}
+    exec(writer.USAGE.format(folder=tmp_path), names)
+    assert len(names["texts"]) == 2
+
+
+RUNS: dict[str, tuple[Any, Any, str, str]] = {
+    "flip": (
+        FLIP,
+        FLIP.Config(text=TextConfig(64, 2, 2, 20, False), embed_dim=48),
+        "only Altsight has",
+        "only Altsight",
+    ),
+    "align": (ALIGN, ALIGN.Config(text=BertTowerConfig(64, 2, 2, 20)), "no text tower like this", "no text tower like"),
+    "siglip": (
+        SigLIP,
+        SigLIP.Config(TextConfig(64, 2, 2, 20, False, causal=False, pool="last", pad_with_end=True)),
+        "builds 'vit_tiny_patch16_224' at timm's own size only",
+        "no bias on its logits",
+    ),
+    "clip": (CLIP, CLIP.Config(OWN_TEXT, 48), "share one activation, and here it is GELU for images", ""),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_a_library_cannot_hold_is_said_in_one_line(name: str, tmp_path: Path) -> None:
+    kind, config, *reasons = RUNS[name]
+    view = view_of(trained(kind, config, ENCODER), name)
+    for writer, reason in zip((openclip_write, huggingface_write), reasons, strict=True):
+        if reason:
+            with pytest.raises(UserError, match=reason) as error:
+                writer.write(as_model(view), tmp_path)
+            assert "\n" not in str(error.value)
+            assert not list(tmp_path.iterdir()), "nothing is half-written"
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a text tower of transformers": (
+        settings(text={"hf_model_name": "roberta-base"}),
+        "'roberta-base' of transformers",
+    ),
+    "CoCa": (settings(multimodal_cfg={"width": 64}), "is OpenCLIP's CoCa"),
+    "OpenAI's ResNet": (settings({"layers": [1, 1, 1, 1]}), "OpenAI's ResNet"),
+    "an attention of another kind": (settings({"qk_norm": True}), r"vision_cfg.qk_norm = True has no counterpart"),
+    "a class token of the text": (settings(text={"embed_cls": True}), r"text_cfg.embed_cls = True has no counterpart"),
+    "an end that is not the tokenizer's": (settings(text={"pool_type": "eos", "eos_id": 7}), "do not belong together"),
+    "another width": (settings({"width": 32, "head_width": 32}), "do not fit what they were recognised as"),
+    "more layers": (settings({"layers": 3}), "lack 12 tensors"),
+    "a pooling of its own": (
+        settings({"timm_model_name": "test_resnet", "timm_pool": "abs_attn"}),
+        "pooling 'abs_attn' with the head 'linear'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_not_known_is_said_in_one_line(name: str, tmp_path: Path) -> None:
+    config, reason = WRONG[name]
+    folder = saved(tmp_path / "model", config, theirs(settings()))
+    with pytest.raises(UserError, match=reason) as error:
+        altsight.load(str(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("open_clip:ViT-B-33/openai", "OpenCLIP has no model 'ViT-B-33'. Did you mean 'ViT-B-32'"),
+        ("open_clip:ViT-S-32-alt/nothing", "cannot fetch 'ViT-S-32-alt/nothing'"),
+        ("open_clip:ViT-S-32-alt", "cannot fetch 'ViT-S-32-alt'"),
+        ("hf:nobody/nothing", "cannot be fetched from the Hugging Face hub"),
+    ],
+)
+def test_what_cannot_be_fetched_is_said_in_one_line(source: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=reason) as error:
+        altsight.load(source)
+    assert "\n" not in str(error.value)
+
+
+def test_a_view_of_read_weights_gives_unit_vectors(tmp_path: Path) -> None:
+    view = altsight.load(saved(tmp_path / "model", MODELS["ViT-B-16"], theirs(MODELS["ViT-B-16"])))
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    for vectors_ in (view.encode_image(images), view.encode_text(TEXTS)):
+        torch.testing.assert_close(vectors_.norm(dim=-1), torch.ones(len(vectors_)))
+    assert view.is_dual and isinstance(view.project, nn.Linear) and view.feature_point == "cls"
+    assert json.loads((tmp_path / "model" / "open_clip_config.json").read_text())["preprocess_cfg"] == {}
