@@ -77,13 +77,18 @@ def pretrain(run: Run[Any], out: str | Path = "", probe: Task | None = None) -> 
     return load_run(directory)
 
 
-def load(path: str | Path) -> View:
+def load(path: str | Path, img_size: int = 0) -> View:
     """Return the View of a run's folder, or of anyone's weights: `encode_image`, `encode_text`, `features`.
+
+    Args:
+        path: a folder or file, or "timm:NAME", "timm:NAME=FILE", "open_clip:MODEL/PRETRAINED", "hf:ORG/NAME"
+            (docs/weights.md).
+        img_size: side of the images in pixels; position tables are resampled. 0: that of the weights.
 
     Raises:
         UserError: there are no weights, none that are known, or the run has no checkpoint yet.
     """
-    return load_view(str(path))
+    return load_view(str(path), img_size=img_size)
 
 
 def transfer(name: str, view: View, out: str | Path, **settings: Any) -> list[Result]:

@@ -10,13 +10,14 @@ from typing import Any
 from altsight.core.errors import UserError
 from altsight.evals.base import View
 from altsight.evals.load import load_view as load_run_view
+from altsight.hub.huggingface_dual import fetched
 from altsight.hub.model import Model
 from altsight.hub.source import parse
 from altsight.nn.resample import resized
 from altsight.train.run import pick_device
 from altsight.transfer.base import with_view
 
-READERS = ("openclip", "huggingface_dual", "timm")
+READERS = ("lcl", "openclip", "huggingface_dual", "huggingface", "timm", "checkpoints")
 """Modules of this package, asked in this order. Each has `recognises(source) -> bool` and `read(source) -> Model`."""
 
 
@@ -40,15 +41,16 @@ def load_view(source: str, device: str = "auto", img_size: int = 0) -> View:
 def load_model(source: str, img_size: int = 0) -> Model:
     """Return the Model of weights that are not a run's; see `load_view`."""
     found = parse(source)
+    if found.scheme == "hf":
+        found = fetched(found)
     for name in READERS:
         reader: Any = import_module(f"altsight.hub.{name}")
         if reader.recognises(found):
             model: Model = reader.read(found)
             return at_size(model, img_size) if img_size else model
     raise UserError(
-        f"the weights in '{source}' are of no kind that is known (the first are "
-        f"{', '.join(map(repr, sorted(found.weights)[:3]))}): docs/weights.md lists the kinds; for a file of timm's "
-        "weights, say timm:NAME=FILE."
+        f"the folder '{source}' is of no kind that is known (its config.json says "
+        f"'{found.json('config.json').get('model_type', 'nothing')}'): docs/weights.md lists the kinds."
     )
 
 

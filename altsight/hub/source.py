@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import zipfile
@@ -106,7 +107,9 @@ def read_content(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         if _is_torchscript(path):
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Arguments of a run, which many keep beside the weights, are plain values in a harmless object.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"'{path}' is no file of plain tensors (it is damaged, or holds objects that would have to be executed): "

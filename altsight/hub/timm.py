@@ -47,7 +47,7 @@ def read(source: Source) -> Model:
     if source.scheme == "timm" and source.path is None:
         return _fetched(source)
     if source.scheme == "timm":
-        config, cfg = _described(source.model), _pretrained_cfg(source.model)
+        config, cfg = described(source.model), _pretrained_cfg(source.model)
         recognised = f"a file of weights of timm's {source.model}"
     else:
         folder = source.json("config.json")
@@ -58,7 +58,7 @@ def read(source: Source) -> Model:
 
 
 def _fetched(source: Source) -> Model:
-    config = _described(source.model)
+    config = described(source.model)
     try:
         model: Any = timm.create_model(source.model, pretrained=True)
     except Exception as error:  # what a hub without a network raises is of many kinds
@@ -98,7 +98,7 @@ def preprocess_of(cfg: Mapping[str, Any], config: EncoderConfig) -> Preprocess:
     )
 
 
-def _described(name: str) -> EncoderConfig:
+def described(name: str) -> EncoderConfig:
     """Return the config of timm's model `name` at its own size."""
     cfg = _pretrained_cfg(name)
     return EncoderConfig(name.partition(".")[0], img_size=cfg["input_size"][-1], positions="learned")
