@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from altsight.data.record import IMAGE_SUFFIXES
 
 IGNORED = 255
 """Label of pixels that count neither in training nor in a score."""
+OFFICIAL = "objectInfo150.txt"
+"""Table of ADE20K's 150 classes, as it is distributed with the images."""
 LOOKED_AT = 32
 """Masks that are looked at before anything is begun; the others when they are read."""
 
@@ -149,15 +152,24 @@ def read_masked(folder: Path, split: str, classes: Sequence[str], reduce_zero: b
 
 
 def classes_of(folder: Path, file: str = "") -> tuple[str, ...]:
-    """Return the class names of `file`, or of classes.txt in the folder; see `read_classes`.
+    """Return the class names of `file`, or of classes.txt or ADE20K's own objectInfo150.txt in the folder.
 
     Raises:
         UserError: there is no such file, it names a class twice, or more than a mask of bytes can tell apart.
     """
+    official = folder / OFFICIAL
+    if not file and official.is_file():
+        return _official_names(official)
     names = tuple(read_classes(Path(file) if file else folder / "classes.txt"))
     if len(names) > IGNORED:
         raise UserError(f"{len(names)} classes are more than the {IGNORED} that a mask of bytes can hold.")
     return names
+
+
+def _official_names(path: Path) -> tuple[str, ...]:
+    """Return the first of each class's names, which stand in the last column of the table."""
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
+    return tuple(re.split("[,;]", row[-1])[0].strip() for row in rows)
 
 
 def _files(folder: Path) -> dict[str, Path]:
