@@ -45,8 +45,8 @@ def write(model: Model, folder: Path) -> None:
     form = form_of(model, text)
     if not text.config.causal and text.tokenizer.rules.special == "words":
         raise UserError(
-            "transformers cannot pad with the token of a letter, as OpenCLIP's tokenizer does, and this text tower sees "
-            f"the padding: {OTHERS}."
+            "transformers cannot pad with a letter's token, as OpenCLIP does, and this text tower sees the padding: "
+            f"{OTHERS}."
         )
     theirs = {"clip": clip, "siglip": siglip, "any": any_two}[form](model, text)
     theirs.logit_scale.data.fill_(math.log(model.logit_scale))

@@ -20,6 +20,7 @@ from altsight.hub.clip_tokenizer import clip_tokenizer
 from altsight.hub.hf_tokenizer import hf_tokenizer
 from altsight.hub.model import Found, Model
 from altsight.hub.names import adopt, need_all
+from altsight.hub.openclip_resnet import settings_of as resnet_settings
 from altsight.hub.openclip_towers import image_side, text_side, transposed
 from altsight.hub.source import Source
 
@@ -88,7 +89,7 @@ def build(
     normalization = normalization_of(
         preprocess.get("mean", OPENAI_DATASET_MEAN), preprocess.get("std", OPENAI_DATASET_STD)
     )
-    image = image_side(settings["vision_cfg"], embed_dim, quick, normalization)
+    image = image_side(settings["vision_cfg"], embed_dim, quick, normalization, weights.keys())
     tokenizer = _tokenizer(settings["text_cfg"], folder)
     custom = "text.token_embedding.weight" in weights
     tower, names = text_side(settings["text_cfg"], embed_dim, quick, tokenizer, custom)
@@ -164,23 +165,14 @@ def _has_image_side(weights: Mapping[str, Tensor]) -> bool:
 def _off_shapes(weights: Mapping[str, Tensor], quick_gelu: bool) -> dict[str, Any]:
     """Return OpenCLIP's settings of a model with its own towers, as far as they show in its weights."""
     text = "text." if "text.token_embedding.weight" in weights else ""
-    if "visual.proj" not in weights or f"{text}text_projection" not in weights:
+    known = "visual.proj" in weights or "visual.attnpool.c_proj.weight" in weights
+    if not known or f"{text}text_projection" not in weights:
         raise UserError(
             "the settings of this OpenCLIP model do not show in its weights (its image side is not OpenCLIP's own "
             "vision transformer): name the model, open_clip:MODEL=FILE."
         )
-    width, _, patch, _ = weights["visual.conv1.weight"].shape
-    side = round((len(weights["visual.positional_embedding"]) - 1) ** 0.5)
+    vision = _vit_off_shapes(weights) if "visual.proj" in weights else resnet_settings(weights)
     context, text_width = weights[f"{text}positional_embedding"].shape
-    vision = {
-        "image_size": side * patch,
-        "patch_size": patch,
-        "width": width,
-        "layers": _depth(weights, "visual.transformer.resblocks."),
-        "mlp_ratio": len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]) / width,
-        "no_ln_pre": "visual.ln_pre.weight" not in weights,
-        "ls_init_value": 1.0 if "visual.transformer.resblocks.0.ls_1.gamma" in weights else None,
-    }
     language = {
         "context_length": context,
         "vocab_size": len(weights[f"{text}token_embedding.weight"]),
@@ -189,8 +181,22 @@ def _off_shapes(weights: Mapping[str, Tensor], quick_gelu: bool) -> dict[str, An
         "layers": _depth(weights, f"{text}transformer.resblocks."),
         "mlp_ratio": len(weights[f"{text}transformer.resblocks.0.mlp.c_fc.weight"]) / text_width,
     }
-    embed_dim = weights["visual.proj"].shape[1]
+    embed_dim = weights[f"{text}text_projection"].shape[1]
     return {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": language, "quick_gelu": quick_gelu}
+
+
+def _vit_off_shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    width, _, patch, _ = weights["visual.conv1.weight"].shape
+    side = round((len(weights["visual.positional_embedding"]) - 1) ** 0.5)
+    return {
+        "image_size": side * patch,
+        "patch_size": patch,
+        "width": width,
+        "layers": _depth(weights, "visual.transformer.resblocks."),
+        "mlp_ratio": len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]) / width,
+        "no_ln_pre": "visual.ln_pre.weight" not in weights,
+        "ls_init_value": 1.0 if "visual.transformer.resblocks.0.ls_1.gamma" in weights else None,
+    }
 
 
 def _depth(weights: Mapping[str, Tensor], prefix: str) -> int:

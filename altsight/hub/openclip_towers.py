@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import nn
 
 from altsight.core.errors import UserError
 from altsight.data.text import Tokenizer
+from altsight.hub.fill import check_served
 from altsight.hub.names import Names, block_names, linear
+from altsight.hub.openclip_resnet import resnet
 from altsight.nn.encoder import Encoder, EncoderConfig, FeaturePoint
 from altsight.nn.text import TextConfig, TextTower
 
@@ -58,8 +60,10 @@ class ImageSide:
     names: Names
 
 
-def image_side(settings: Mapping[str, Any], embed_dim: int, quick_gelu: bool, normalization: str) -> ImageSide:
-    """Return the image tower of OpenCLIP's `vision_cfg`, without weights.
+def image_side(
+    settings: Mapping[str, Any], embed_dim: int, quick_gelu: bool, normalization: str, given: Collection[str]
+) -> ImageSide:
+    """Return the image tower of OpenCLIP's `vision_cfg`, without weights; `given`: the names of those that there are.
 
     Raises:
         UserError: it has a part that an encoder has not.
@@ -67,10 +71,8 @@ def image_side(settings: Mapping[str, Any], embed_dim: int, quick_gelu: bool, no
     if settings.get("timm_model_name"):
         return _trunk(settings, embed_dim, normalization)
     if isinstance(settings.get("layers"), list | tuple):
-        raise UserError(
-            "this is OpenAI's ResNet, whose attention pooling Altsight does not have: use a ViT, or timm's own copy of "
-            "its image side (timm:resnet50_clip.openai)."
-        )
+        encoder, projection, names = resnet(settings, embed_dim, normalization, given)
+        return ImageSide(encoder, "pooled", "pooled", projection, names)
     _check(settings, _IMAGE_KNOWN, _IMAGE_IGNORED, "vision_cfg")
     width, pool = int(settings.get("width", 768)), settings.get("pool_type", "tok")
     behind = pool == "avg" and bool(settings.get("final_ln_after_pool"))
@@ -94,8 +96,8 @@ def image_side(settings: Mapping[str, Any], embed_dim: int, quick_gelu: bool, no
     )
     point: FeaturePoint = "pooled" if behind else "cls" if pool == "tok" else "mean"
     encoder = Encoder(config)
-    projection = nn.Linear(width, embed_dim, bias=False)
-    return ImageSide(encoder, point, point, projection, vit_names(encoder, last_norm="fc_norm" if behind else "norm"))
+    names = vit_names(encoder, last_norm="fc_norm" if behind else "norm")
+    return ImageSide(encoder, point, point, nn.Linear(width, embed_dim, bias=False), names)
 
 
 def vit_names(encoder: Encoder, last_norm: str = "norm") -> Names:
@@ -138,6 +140,7 @@ def _trunk(settings: Mapping[str, Any], embed_dim: int, normalization: str) -> I
     if head == "none" and pool in ("token", "avg", "map"):
         config = EncoderConfig(**{**vars(config), "global_pool": pool})
     encoder = Encoder(config)
+    check_served(encoder)
     changed = head != "none" and pool and pool != getattr(encoder.backbone, "global_pool", pool)
     point: FeaturePoint = {"token": "cls", "avg": "mean"}.get(pool, "pooled") if changed else "pooled"  # type: ignore[assignment]
     names = trunk_names(encoder)

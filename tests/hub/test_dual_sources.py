@@ -61,6 +61,17 @@ def test_openais_archive_is_read_with_its_activation(tmp_path: Path) -> None:
     equal(model, other)
 
 
+def test_openais_resnet_is_read_off_its_shapes(tmp_path: Path) -> None:
+    size = {"layers": [3, 4, 6, 3], "width": 64, "head_width": 64, "patch_size": None, "image_size": 224}
+    other = theirs(settings(size, {"width": 128}, quick_gelu=True, embed_dim=1024))
+    marks = {"input_resolution": torch.tensor(224), "context_length": torch.tensor(20)}
+    torch.save(dict(other.state_dict()) | marks, tmp_path / "RN50.pt")
+    model = load_model(str(tmp_path / "RN50.pt"))
+    assert model.encoder.config.model == "resnet50_clip" and model.joint_point == "pooled"
+    assert model.found.left_over == ("context_length", "input_resolution") and model.found.missing == ()
+    equal(model, other)
+
+
 @pytest.mark.parametrize("custom", [False, True])
 def test_a_checkpoint_of_open_clips_training_is_read(custom: bool, tmp_path: Path) -> None:
     other = theirs(WIDE | {"custom_text": custom})
@@ -191,7 +202,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "'roberta-base' of transformers",
     ),
     "CoCa": (settings(multimodal_cfg={"width": 64}), "is OpenCLIP's CoCa"),
-    "OpenAI's ResNet": (settings({"layers": [1, 1, 1, 1]}), "OpenAI's ResNet"),
+    "a ResNet that is not OpenAI's": (settings({"layers": [1, 1, 1, 1]}), r"no ResNet with \(1, 1, 1, 1\) blocks"),
     "an attention of another kind": (settings({"qk_norm": True}), r"vision_cfg.qk_norm = True has no counterpart"),
     "a class token of the text": (settings(text={"embed_cls": True}), r"text_cfg.embed_cls = True has no counterpart"),
     "an end that is not the tokenizer's": (settings(text={"pool_type": "eos", "eos_id": 7}), "do not belong together"),
