@@ -23,6 +23,7 @@ from altsight.evals.bootstrap import LEVEL
 from altsight.evals.features import content_hash
 from altsight.nn.resample import resized
 from altsight.train.log import progress_bar
+from altsight.train.run import weights_hash
 from altsight.transfer.base import FitConfig, fit, prepared_for
 from altsight.transfer.detector import Detections, Detector, DetectorConfig
 
@@ -92,7 +93,9 @@ class Detect:
                 return Detector(self.detector, encoder, len(train.classes), self.frozen)
 
         data = prepared_for(train, Path(self.data), digest(train))
-        return cast(Detector, fit("detect", make, Identity(view.name, self), self.optim, self.fit, data, out))
+        return cast(
+            Detector, fit("detect", make, Identity(weights_hash(view.encoder), self), self.optim, self.fit, data, out)
+        )
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def score(
                 preprocess=preprocess,
                 data=digest(images),
                 note="" if value >= 0 else "not applicable: no object of this size",
-                extra={"training_seed": settings.fit.seed, "classes": len(images.classes), "resamples": RESAMPLES},
+                extra={"seed": settings.fit.seed, "classes": len(images.classes), "resamples": RESAMPLES},
             )
         )
     return results

@@ -21,6 +21,7 @@ from altsight.evals.base import Result, Split, View
 from altsight.evals.bootstrap import class_interval, scored
 from altsight.evals.features import content_hash, extract, joint_vectors, labels_of, left_out
 from altsight.evals.zeroshot import classifier
+from altsight.train.run import weights_hash
 from altsight.transfer.base import FitConfig, ImageTower, fit, need_text, prepared_for, with_view
 from altsight.transfer.must import MUST, MUSTConfig
 
@@ -96,7 +97,7 @@ def self_train(view: View, images: Source, names: Sequence[str], settings: SelfT
         return method
 
     data = prepared_for(images, Path(settings.data), digest)
-    identity = Identity(view.name, tuple(names), settings)
+    identity = Identity(weights_hash(view.encoder), tuple(names), settings)
     return cast(MUST, fit("selftrain", make, identity, settings.optim, settings.fit, data, out))
 
 
@@ -129,7 +130,7 @@ def measure(
         feature_point=f"{view.feature_point}, projected",
         data=content_hash((extracted.digests[row], int(label)) for row, label in zip(rows, truth, strict=True)),
         note=left_out(test, {"a broken image": extracted.broken, "no label": len(extracted.kept) - len(rows)}),
-        extra={"training_seed": settings.fit.seed, "classes": len(names), "prompts": list(settings.prompts)},
+        extra={"seed": settings.fit.seed, "classes": len(names), "prompts": list(settings.prompts)},
     )
     plain = {name: value for name, value in top1.extra.items() if name != "hits"}
     mean = class_interval(found == truth, truth)
