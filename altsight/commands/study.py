@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from altsight.commands.pretrain import stopped, tasks_of
@@ -160,12 +161,16 @@ def evaluate_runs(argv: Sequence[str]) -> int:
 
 
 def print_results(found: dict[str, list[dict[str, Any]]]) -> None:
-    """Print a table of results: weights -> the fields of each `Result`."""
-    table = Table("weights", "task", "evaluator", "metric", "value", "95 % interval", "chance", "note")
-    for folder, results in found.items():
+    """Print a table of results for each of the weights: weights -> the fields of each `Result`."""
+    for source, results in found.items():
+        table = Table("task", title=source, title_justify="left")
+        for name in ("evaluator", "metric"):
+            table.add_column(name, no_wrap=True)
+        for name in ("value [95 % interval]", "chance", "note"):
+            table.add_column(name)
         for r in results:
             value = "n/a" if r["value"] is None else f"{r['value']:.4f}"
-            interval = "" if r["low"] is None else f"{r['low']:.4f} - {r['high']:.4f}"
+            interval = "" if r["low"] is None else f" [{r['low']:.4f}, {r['high']:.4f}]"
             chance = "" if r["chance"] is None else f"{r['chance']:.4f}"
-            table.add_row(folder, r["task"], r["evaluator"], r["metric"], value, interval, chance, r["note"])
-    Console().print(table)
+            table.add_row(r["task"], r["evaluator"], r["metric"], escape(value + interval), chance, escape(r["note"]))
+        Console().print(table)

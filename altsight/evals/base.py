@@ -260,8 +260,8 @@ class View:
         return self.preprocess(_encoded(image))
 
 
-def not_applicable(view: View, task: Task, evaluator: str, metric: str) -> Result:
-    """Return the result, without a number, of a view that has no text tower."""
+def not_applicable(view: View, task: Task, evaluator: str, metric: str, more: str = "") -> Result:
+    """Return the result, without a number, of a view that has no text tower; `more` ends the note."""
     return Result(
         task.name,
         evaluator,
@@ -269,7 +269,7 @@ def not_applicable(view: View, task: Task, evaluator: str, metric: str) -> Resul
         None,
         split=task.test.name,
         preprocess=view.preprocess.hash(),
-        note="not applicable: this encoder has no text tower",
+        note=f"not applicable: this encoder has no text tower{more}",
     )
 
 

@@ -13,12 +13,12 @@ import PIL.Image
 
 from altsight.core.errors import UserError
 from altsight.core.rng import key
-from altsight.evals.base import Result, Split, Task, View
+from altsight.evals.base import Result, Split, Task, View, not_applicable
 from altsight.evals.bootstrap import Interval, interval
 from altsight.evals.changed import Change, Changed, Pixels
 from altsight.evals.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from altsight.evals.features import classes_of, join_notes
-from altsight.evals.frozen import frozen_classifier
+from altsight.evals.frozen import NO_PROBE, answerable, frozen_classifier
 
 SIDE = 256
 """Shorter side at which images are corrupted: the scale at which ImageNet-C's images were cut to 224."""
@@ -44,6 +44,9 @@ def corruptions(view: View, task: Task) -> Iterator[Result]:
     on clean images. Randomness is keyed by (seed, index of the image), so all views see the same corrupted images.
     """
     if not task.label or task.multi_label or not len(task.test):
+        return
+    if not answerable(view, task):
+        yield not_applicable(view, task, "corruptions", "mean_error", NO_PROBE)
         return
     classifier = frozen_classifier(view, task)
     hits, test = classifier.hits(view, task, task.test)

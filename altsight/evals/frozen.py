@@ -47,20 +47,20 @@ class FrozenClassifier:
         return scores.argmax(dim=1) == test.labels, test
 
 
-def frozen_classifier(view: View, task: Task) -> FrozenClassifier:
-    """Return the classifier of `view` for the classes of `task`.
+NO_PROBE = ", and the task no images to train a probe on"
 
-    Raises:
-        UserError: the view has no text tower, and the task no images to train a probe on.
-    """
+
+def answerable(view: View, task: Task) -> bool:
+    """Return whether `view` can answer the task: by a text tower, or by a probe on its training images."""
+    return view.is_dual or task.trains_probe
+
+
+def frozen_classifier(view: View, task: Task) -> FrozenClassifier:
+    """Return the classifier of `view` for the classes of `task`, which must be `answerable`."""
     classes = classes_of(task)
     if view.is_dual:
         weight = class_vectors(view, names_of(task), task.prompts).T.double()
         return FrozenClassifier("zeroshot", weight, torch.zeros(len(classes), dtype=torch.float64), classes)
-    if not task.trains_probe:
-        raise UserError(
-            f"'{view.name}' has no text tower, so the task '{task.name}' needs `train` and `val` for a linear probe."
-        )
     train, val = (labelled(view, task, split) for split in (task.train, task.val))
     fit = choose(train, val, view.device).fit
     return FrozenClassifier("linear", fit.weight, fit.bias, tuple(classes[int(i)] for i in fit.classes))

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from altsight.evals.base import Result, Task, View
+from altsight.evals.base import Result, Task, View, not_applicable
 from altsight.evals.bootstrap import scored, unpaired_difference
 from altsight.evals.features import classes_of, content_hash, join_notes
-from altsight.evals.frozen import frozen_classifier
+from altsight.evals.frozen import NO_PROBE, answerable, frozen_classifier
 
 
 def robustness(view: View, task: Task) -> Iterator[Result]:
@@ -19,6 +19,9 @@ def robustness(view: View, task: Task) -> Iterator[Result]:
     Answers are restricted to the classes that the set has, on the clean images too where it has all of them.
     """
     if task.clean is None or not task.label or not len(task.test):
+        return
+    if not answerable(view, task.clean):
+        yield not_applicable(view, task, "robustness", "drop", NO_PROBE)
         return
     of_clean = frozen_classifier(view, task.clean)
     classifier = frozen_classifier(view, task) if view.is_dual else of_clean
