@@ -24,6 +24,7 @@ from altsight.data.views import Crop
 from altsight.evals.base import Result, Split, View
 from altsight.evals.features import extract
 from altsight.methods.base import Method
+from altsight.nn.encoder import FeaturePoint
 from altsight.train.run import weights_hash
 from altsight.transfer.base import FitConfig, fit, prepared_for
 from altsight.transfer.classify import open_sets, score
@@ -66,6 +67,8 @@ class LinearProbe:
     """Further images that it is scored on, to choose settings by."""
     label: str = "label"
     """Field with the class; "label" in a folder of class folders."""
+    feature_point: FeaturePoint | None = None
+    """Which vector of an image is classified; None: the one that the weights' own method is evaluated by."""
     augment: bool = False
     """See a new crop of every image each time, as the sources do; otherwise features are extracted once."""
     crop: Crop = field(default_factory=lambda: Crop(scale=(0.08, 1.0)))
@@ -87,11 +90,12 @@ class LinearProbe:
                 f"the encoder computes {BLOCK} images of a batch at a time anyway: leave --fit.micro-batch at 0."
             )
         train, held_out = open_sets(self.data, self.val, self.test, Labels(self.label))
+        store = view.store or Path(self.features or out / "features")
+        view = replace(view, feature_point=self.feature_point or view.feature_point, store=store, cache={})
         crop = self.crop if self.augment else None
         config = LinearProbeConfig(
             weights_hash(view.encoder), view.feature_point, view.preprocess.hash(), crop, self.norm
         )
-        view = replace(view, store=view.store or Path(self.features or out / "features"))
         source: Source = train if self.augment else _features(view, train)
         model = fit(
             "linear_probe",

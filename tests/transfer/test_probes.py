@@ -59,8 +59,10 @@ def test_the_linear_probe_learns_from_features_that_are_extracted_once(
     assert (top1.n, top1.feature_point, top1.preprocess) == (15, "mean", view.preprocess.hash())
     # A view's encoder is copied for training, so these are all the images that were encoded at all.
     assert sum(seen) == 36 + 15
-    LinearProbe(**data, features=kept, norm=False, fit=FIT)(dataclasses.replace(view, cache={}), tmp_path / "other")
+    LinearProbe(**data, features=kept, norm=False, fit=FIT)(view, tmp_path / "other")
     assert sum(seen) == 36 + 15
+    found = by_metric(LinearProbe(**data, features=kept, feature_point="cls", fit=FIT)(view, tmp_path / "cls"))
+    assert found["top1"].feature_point == "cls" and sum(seen) == 2 * (36 + 15)
 
 
 def test_the_linear_probe_with_augmentation_sees_images(view: View, data: dict[str, Any], tmp_path: Path) -> None:
