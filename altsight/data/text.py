@@ -21,10 +21,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAD, START, END = "<pad>", "<start>", "<end>"
 _ROLES = {
-    "pad": (PAD, "[PAD]", "<|endoftext|>", "</s>"),
+    "pad": (PAD, "[PAD]", "<|endoftext|>", "<|end_of_text|>", "</s>"),
     # GPT-2 has no start; VisualGPT takes the rare "<?" for it (specification 8.2).
-    "start": (START, "<|startoftext|>", "[CLS]", "<s>", "<?"),
-    "end": (END, "<|endoftext|>", "[SEP]", "</s>"),
+    "start": (START, "<|startoftext|>", "<|begin_of_text|>", "[CLS]", "<bos>", "<s>", "<?"),
+    "end": (END, "<|endoftext|>", "<|end_of_text|>", "[SEP]", "<eos>", "</s>"),
 }
 """What known tokenizers call the three special tokens, in order of preference."""
 

@@ -133,6 +133,10 @@ def build_captioner(config: CaptionerConfig, encoder: Encoder, tokenizer: Tokeni
     Raises:
         UserError: the language model cannot be loaded, or the settings do not fit.
     """
+    if config.length < 3:
+        raise UserError(
+            f"a caption of {config.length} tokens has no room for a start, a word and an end: raise --length."
+        )
     if config.freeze_language_model and not config.language_model:
         raise UserError("a language model from random weights must learn: leave --freeze-language-model away.")
     make = _prefix if config.decoder == "prefix" else _visualgpt

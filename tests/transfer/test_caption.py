@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import models
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import altsight
@@ -24,7 +26,7 @@ from altsight.methods.base import Corpus
 from altsight.methods.clip import CLIP
 from altsight.nn.decoding import BEAM, GREEDY
 from altsight.nn.encoder import Encoder, EncoderConfig
-from altsight.nn.prefix import LanguageSize
+from altsight.nn.prefix import LanguageSize, language_tokenizer
 from altsight.nn.text import TextConfig
 from altsight.train.run import weights_hash
 from altsight.transfer.base import FitConfig
@@ -179,6 +181,19 @@ def test_any_causal_language_model_will_do(encoder: Encoder, tokenizer: Tokenize
     assert len(model.caption(batch_of(tokenizer)["image"])) == 3
 
 
+@pytest.mark.parametrize(
+    ("start", "end"), [("<s>", "</s>"), ("<bos>", "<eos>"), ("<|begin_of_text|>", "<|end_of_text|>")]
+)
+def test_the_special_tokens_of_llama_and_gemma_are_known(tmp_path: Path, start: str, end: str) -> None:
+    """Words of theirs may look like another's special token."""
+    names = ["<pad>"] if start == "<bos>" else []
+    vocabulary = {name: number for number, name in enumerate([*names, "<?", start, end, "dog"])}
+    tokenizers.Tokenizer(models.WordLevel(vocabulary, "dog")).save(str(tmp_path / "tokenizer.json"))
+    found = language_tokenizer(str(tmp_path))
+    assert (found.start, found.end) == (vocabulary[start], vocabulary[end])
+    assert found.pad == vocabulary[names[0] if names else end]
+
+
 def test_captions_are_written_and_scored_and_the_view_stays(view: View, data: tuple[str, str], tmp_path: Path) -> None:
     before = weights_hash(view.encoder)
     results = tiny(data, tune_encoder=True)(view, tmp_path)
@@ -242,6 +257,7 @@ def test_wrong_use_is_refused_before_anything_is_written(
     assert "no model" in missing
     (tmp_path / "empty").mkdir()
     assert "no tokenizer.json" in refused(tiny(data, language_model=str(tmp_path / "empty")), view, tmp_path)
+    assert "no room for a start" in refused(tiny(data, length=2), view, tmp_path)
     assert "must learn" in refused(tiny(data, freeze_language_model=True), view, tmp_path)
     assert "equal heads" in refused(tiny(data, size=LanguageSize(48, 5, 1)), view, tmp_path)
     assert "equal heads" in refused(tiny(data, size=LanguageSize(48, 5, 1), decoder="visualgpt"), view, tmp_path)
