@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,7 +23,7 @@ from altsight.nn.resample import resized
 from altsight.train.checkpoint import load_latest
 from altsight.train.log import console
 from altsight.train.loop import Probe, train
-from altsight.train.run import DataConfig, Run, TrainConfig, pick_device
+from altsight.train.run import DataConfig, Run, TrainConfig, pick_device, weights_hash
 
 Say = Callable[[str], None]
 """Is told what is being done, a few words at a time."""
@@ -59,6 +59,24 @@ class FitConfig:
     def samples(self, size: int) -> int:
         """Return the samples seen in training on a set of `size`: whole batches, at least one."""
         return max(round(self.epochs * size) // self.batch, 1) * self.batch
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a training is known by: a hash of the weights that it starts from, the settings, the names of classes."""
+
+    weights: str
+    settings: Any
+    names: tuple[str, ...] = ()
+
+
+def known_by(start: nn.Module, settings: Any, names: Sequence[str] = (), **free: Any) -> Identity:
+    """Return the identity of a training that starts from the weights of `start`.
+
+    settings: the transfer, whose `fit` is part of the run anyway. free: its fields that training does not depend on,
+    with any fixed value, such as the set that is tested on.
+    """
+    return Identity(weights_hash(start), replace(settings, fit=FitConfig(0, 0), **free), tuple(names))
 
 
 def prepared_for(source: Source, where: Path, digest: str) -> Prepared:

@@ -23,15 +23,22 @@ from altsight.evals.bootstrap import LEVEL
 from altsight.evals.features import content_hash
 from altsight.nn.resample import resized
 from altsight.train.log import progress_bar
-from altsight.train.run import weights_hash
-from altsight.transfer.base import FitConfig, fit, prepared_for
+from altsight.transfer.base import FitConfig, fit, known_by, prepared_for
 from altsight.transfer.detector import Detections, Detector, DetectorConfig
 
 Kind = Literal["bbox", "segm"]
 KINDS: dict[Kind, str] = {"bbox": "box", "segm": "mask"}
 """pycocotools' name of what is compared -> ours."""
-METRICS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}
-"""Ours -> place among the numbers that pycocotools sums up."""
+METRICS: dict[str, tuple[int | slice, int]] = {
+    "ap": (slice(None), 0),
+    "ap50": (0, 0),
+    "ap75": (5, 0),
+    "ap_small": (slice(None), 1),
+    "ap_medium": (slice(None), 2),
+    "ap_large": (slice(None), 3),
+}
+"""Ours -> which of pycocotools' overlaps (0.5, 0.55, ... 0.95) and sizes (all, small, medium, large) are averaged. In
+this order they are the first numbers that pycocotools sums up."""
 RESAMPLES = 200
 """Of the test images, for the interval of AP."""
 CHEAP = 100_000
@@ -93,17 +100,8 @@ class Detect:
                 return Detector(self.detector, encoder, len(train.classes), self.frozen)
 
         data = prepared_for(train, Path(self.data), digest(train))
-        return cast(
-            Detector, fit("detect", make, Identity(weights_hash(view.encoder), self), self.optim, self.fit, data, out)
-        )
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a training is known by: its settings, and what it started from."""
-
-    weights: str
-    settings: Detect
+        identity = known_by(view.encoder, self, train.classes, test="")
+        return cast(Detector, fit("detect", make, identity, self.optim, self.fit, data, out))
 
 
 def digest(images: CocoImages) -> str:
@@ -153,10 +151,11 @@ def score(
     """Return COCO's AP of boxes or masks, with an interval over images where that is cheap."""
     judged = evaluate(images.annotations, found, kind)
     cheap = len(images) * len(images.classes) <= CHEAP
-    low, high = resampled(judged, settings.fit.seed) if cheap and found else (None, None)
+    intervals = resampled(judged, settings.fit.seed) if cheap and found else {}
     results = []
-    for name, place in METRICS.items():
-        value = float(judged.stats[place])
+    for name, value in zip(METRICS, map(float, judged.stats), strict=False):
+        low, high = intervals.get(name, (None, None)) if value >= 0 else (None, None)
+        absent = "not applicable: no object of this size"
         results.append(
             Result(
                 task=settings.data,
@@ -164,14 +163,14 @@ def score(
                 metric=f"{KINDS[kind]}_{name}",
                 # pycocotools says -1 where the set has no object of that size.
                 value=value if value >= 0 else None,
-                low=low if name == "ap" else None,
-                high=high if name == "ap" else None,
+                low=low,
+                high=high,
                 n=len(images),
                 split=settings.test,
                 feature_point="pyramid of the last map",
                 preprocess=preprocess,
                 data=digest(images),
-                note="" if value >= 0 else "not applicable: no object of this size",
+                note=absent if value < 0 else "" if intervals else "no interval: too many images, or nothing found",
                 extra={"seed": settings.fit.seed, "classes": len(images.classes), "resamples": RESAMPLES},
             )
         )
@@ -199,35 +198,42 @@ def evaluate(annotations: Path, found: list[dict[str, Any]], kind: Kind) -> Any:
     return judged
 
 
-def resampled(judged: Any, seed: int) -> tuple[float, float]:
-    """Return the 95 % percentile interval of AP over resamples of the images, from what `evaluate` returned.
+def resampled(judged: Any, seed: int) -> dict[str, tuple[float, float]]:
+    """Return the 95 % percentile intervals over resamples of the images, from what `evaluate` returned.
 
     Each image's matches are kept, and put together anew as often as the image was drawn.
     """
     from pycocotools.cocoeval import COCOeval
 
     ids, areas = judged.params.imgIds, len(judged.params.areaRng)
-    # One entry for every category, size range and image; AP takes the first range, which is all sizes.
-    matches = np.array(judged.evalImgs, dtype=object).reshape(-1, areas, len(ids))[:, 0]
+    # One entry for every category, size range and image.
+    matches = np.array(judged.evalImgs, dtype=object).reshape(-1, areas, len(ids))
     again = COCOeval()
     again.params = copy.copy(judged.params)
-    again.params.areaRng, again.params.areaRngLbl = judged.params.areaRng[:1], judged.params.areaRngLbl[:1]
     again.params.maxDets = judged.params.maxDets[-1:]
     draw = key(seed, 0, "bootstrap").generator()
-    values = []
+    values: dict[str, list[float]] = {name: [] for name in METRICS}
     for _ in range(RESAMPLES):
         chosen = draw.integers(len(ids), size=len(ids))
         again.params.imgIds = [ids[i] for i in chosen]
-        again._paramsEval, again.evalImgs = again.params, list(matches[:, chosen].reshape(-1))
+        again._paramsEval, again.evalImgs = again.params, list(matches[:, :, chosen].reshape(-1))
         with contextlib.redirect_stdout(io.StringIO()):
             again.accumulate()
-        values.append(average_precision(again.eval["precision"]))
-    low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+        for name, found in values.items():
+            found.append(average_precision(again.eval["precision"], name))
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    # A resample without an object of a size has no value for it.
+    seen = {name: [value for value in found if value >= 0] for name, found in values.items()}
+    quantiles = {name: np.quantile(found, tails) for name, found in seen.items() if found}
+    return {name: (float(low), float(high)) for name, (low, high) in quantiles.items()}
 
 
-def average_precision(precision: npt.NDArray[np.float64]) -> float:
-    """Return the mean of pycocotools' precisions (overlap, recall, class, size, most), but for classes without any."""
-    valid = precision[:, :, :, 0, -1]
+def average_precision(precision: npt.NDArray[np.float64], metric: str = "ap") -> float:
+    """Return the mean of pycocotools' precisions (overlap, recall, class, size, most), without classes that have none.
+
+    -1 where no class has any, as pycocotools says it.
+    """
+    overlap, size = METRICS[metric]
+    valid = precision[overlap, ..., size, -1]
     valid = valid[valid > -1]
-    return float(valid.mean()) if valid.size else float("nan")
+    return float(valid.mean()) if valid.size else -1.0

@@ -21,8 +21,7 @@ from altsight.evals.base import Result, Split, View
 from altsight.evals.bootstrap import class_interval, scored
 from altsight.evals.features import content_hash, extract, joint_vectors, labels_of, left_out
 from altsight.evals.zeroshot import classifier
-from altsight.train.run import weights_hash
-from altsight.transfer.base import FitConfig, ImageTower, fit, need_text, prepared_for, with_view
+from altsight.transfer.base import FitConfig, ImageTower, fit, known_by, need_text, prepared_for, with_view
 from altsight.transfer.must import MUST, MUSTConfig
 
 
@@ -79,15 +78,6 @@ class SelfTrain:
         return names
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What a self-training is known by: its settings, and what it started from."""
-
-    weights: str
-    names: tuple[str, ...]
-    settings: SelfTrain
-
-
 def self_train(view: View, images: Source, names: Sequence[str], settings: SelfTrain, digest: str, out: Path) -> MUST:
     """Return MUST trained on `images` for the classes `names`, into the folder `out`; see `fit` for the errors."""
 
@@ -97,7 +87,7 @@ def self_train(view: View, images: Source, names: Sequence[str], settings: SelfT
         return method
 
     data = prepared_for(images, Path(settings.data), digest)
-    identity = Identity(weights_hash(view.encoder), tuple(names), settings)
+    identity = known_by(view.encoder, settings, names, test="", label="", classes="")
     return cast(MUST, fit("selftrain", make, identity, settings.optim, settings.fit, data, out))
 
 
