@@ -65,15 +65,15 @@ def _titles(names: Sequence[str], motions: Sequence[str], by: str) -> dict[str, 
 
 
 def moving(stamp: Pixels, motion: str, background: Pixels, frames: int, at: Key) -> Pixels:
-    """Return uint8 (frames, H, W, 3): a drawing (h, w, 4) that moves once across the background (H, W, 3).
+    """Return uint8 (frames, H, W, 3): a drawing (h, w, 4) that moves across the background (H, W, 3), rim to rim.
 
-    It begins anywhere on its way, and at the end of it, at the beginning again: a frame shows it at any place under any
-    motion, so that only the order of the frames tells left from right. Where it passes is drawn by `at`.
+    A video to the left has the frames of one to the right in the opposite order, so that only their order tells them
+    apart, where all are read. Where the drawing passes is drawn by `at`.
     """
     rng = at.child("path").generator()
     height, width = stamp.shape[:2]
     room = np.array([background.shape[1] - width, background.shape[0] - height], dtype=np.float64)
-    share = (rng.uniform(0, 1) + np.arange(frames) / frames)[:, None] % 1
+    share = np.linspace(0, 1, frames)[:, None]
     step = np.array(MOTIONS[motion])
     places = room * np.where(step == 0, rng.uniform(0, 1, 2), np.where(step > 0, share, 1 - share))
     found = np.repeat(background[None], frames, axis=0)

@@ -82,7 +82,7 @@ def see(method: Text4Vis, videos: Videos, batch: int, count: Literal[1, 3] = 1, 
                 clips = torch.cat([clip for _, clip, _ in kept]).to(device)
                 vectors = method.vectors(clips).float().unflatten(0, (len(kept), -1)).mean(dim=1)
                 mine += [(i, v.cpu().numpy(), label) for (i, _, label), v in zip(kept, vectors, strict=True)]
-            bar.advance(task, at_once)
+            bar.advance(task, len(numbers[start : start + at_once]))
     rows = sorted((row for part in dist.gather_objects(mine) for row in part), key=lambda row: row[0])
     if not rows:
         raise UserError(f"none of the {len(videos)} videos decodes; the first one is '{videos.name(0)}'.")
