@@ -35,7 +35,7 @@ class TemporalTransformer(nn.Module):
     def __init__(self, width: int, heads: int, layers: int, frames: int) -> None:
         super().__init__()
         if heads < 1 or width % heads:
-            raise UserError(f"vectors of {width} numbers cannot be split among {heads} heads: mend --heads.")
+            raise UserError(f"vectors of {width} numbers cannot be split among {heads} heads: mend --temporal.heads.")
         self.positions = nn.Parameter(torch.empty(frames, width))
         norm = functools.partial(nn.LayerNorm, eps=EPS)
         self.blocks = nn.ModuleList(
