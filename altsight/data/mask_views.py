@@ -13,7 +13,7 @@ from altsight.core.rng import Key
 from altsight.core.types import Document, Example
 from altsight.data.decode import decode
 from altsight.data.segmentation import IGNORED, check_size
-from altsight.data.views import NORMALIZATIONS
+from altsight.data.views import statistics
 
 LONGER = 4
 """An image is scaled so that its shorter side is that of the view and its longer one at most this many of it."""
@@ -51,10 +51,8 @@ class MaskView:
         image = scaled(image, (height, width))[:, top : top + size, left : left + size]
         if self.photometric:
             image = distorted(image, at)
-        image, cut = (
-            padded(image, size, fill),
-            F.pad(cut, (0, size - cut.shape[1], 0, size - cut.shape[0]), value=IGNORED),
-        )
+        image = padded(image, size, fill)
+        cut = F.pad(cut, (0, size - cut.shape[1], 0, size - cut.shape[0]), value=IGNORED)
         flip = self.flip and bool(draw.random() < 0.5)
         return (image.flip(-1), cut.flip(-1)) if flip else (image, cut)
 
@@ -80,7 +78,7 @@ class MaskPrepare:
 
 def mean_colour(normalization: str) -> Tensor:
     """Return the colour that `normalization` maps to zero, uint8 (3,)."""
-    return (torch.tensor(NORMALIZATIONS[normalization][0]) * 255).round().to(torch.uint8)
+    return (torch.tensor(statistics(normalization)[0]) * 255).round().to(torch.uint8)
 
 
 def fitted(shape: torch.Size, size: int, factor: float = 1.0) -> tuple[int, int]:

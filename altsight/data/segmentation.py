@@ -135,6 +135,16 @@ def check_size(image: Tensor, mask: Tensor, name: str) -> None:
         )
 
 
+def read_splits(folder: Path, classes: str = "", reduce_zero: bool = True) -> tuple[Masked, Masked]:
+    """Return the training and the validation images of a folder in ADE20K's layout; `classes`: see `classes_of`.
+
+    Raises:
+        UserError: as `classes_of` and `read_masked`.
+    """
+    names = classes_of(folder, classes)
+    return read_masked(folder, "training", names, reduce_zero), read_masked(folder, "validation", names, reduce_zero)
+
+
 def read_masked(folder: Path, split: str, classes: Sequence[str], reduce_zero: bool = True) -> Masked:
     """Return a split of a folder in ADE20K's layout, after a look at some of its samples.
 

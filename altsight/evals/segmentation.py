@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from altsight.core.dist import gather_objects, world
+from altsight.core.errors import UserError
 from altsight.data.mask_views import fitted, mean_colour, padded, scaled
 from altsight.data.segmentation import IGNORED, Masked
 from altsight.evals.base import Preprocess, Result
 from altsight.evals.bootstrap import Interval, statistic_interval
 from altsight.nn.dense import resize
+from altsight.train.log import progress_bar
 
 Counts = npt.NDArray[Any]
 Logits = Callable[[Tensor], Tensor]
@@ -32,19 +35,18 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 class Windows:
     """How an image of any size is predicted: scaled so that its shorter side is `size`, then in overlapping windows.
 
-    The stride is two thirds of the window (341 of 512, 426 of 640). scales: factors on the size, the probabilities of
-    which are averaged; `mirrored`: those of the mirrored image, too.
+    The stride is two thirds of the window (341 of 512, 426 of 640). multi_scale: mean of the probabilities at `SCALES`
+    and of the mirrored image at each.
     """
 
     size: int
     normalization: str
-    scales: tuple[float, ...] = (1.0,)
-    mirrored: bool = False
+    multi_scale: bool = False
 
     def probabilities(self, logits: Logits, image: Tensor) -> Tensor:
         """Return the mean probabilities fp32 (K, H, W) of an image uint8 (3, H, W)."""
+        views = [(scale, flip) for scale in SCALES for flip in (False, True)] if self.multi_scale else [(1.0, False)]
         total: Tensor | None = None
-        views = [(scale, flip) for scale in self.scales for flip in ((False, True) if self.mirrored else (False,))]
         for scale, flip in views:
             sized = scaled(image, fitted(image.shape[1:], self.size, scale))
             whole = self._slide(logits, sized.flip(-1) if flip else sized)
@@ -55,7 +57,7 @@ class Windows:
 
     def preprocess(self) -> Preprocess:
         """Return what names this preprocessing."""
-        how = f"bilinear, windows, scales {self.scales}, mirrored {self.mirrored}"
+        how = f"bilinear, windows, {'many scales' if self.multi_scale else 'one scale'}"
         return Preprocess(self.size, self.normalization, interpolation=how)
 
     def _slide(self, logits: Logits, image: Tensor) -> Tensor:
@@ -115,47 +117,45 @@ def pixel_accuracy(counts: Counts) -> Interval:
     return statistic_interval(lambda drawn: (drawn @ hits) / np.maximum(drawn @ pixels, 1), len(counts))
 
 
-def score(logits: Logits, data: Masked, windows: Windows, name: str, feature_point: str) -> list[Result]:
-    """Return mean IoU, with that of every class, and pixel accuracy of `logits` on `data`; computed without gradient.
+def score(logits: Logits, data: Masked, windows: Windows, **fields: Any) -> list[Result]:
+    """Return mean IoU, with that of every class in `extra`, and pixel accuracy of `logits` on `data`.
 
-    Args:
-        name: of the evaluator. feature_point: what of the encoder is read.
+    The images are shared out among the ranks. fields: task, evaluator, feature_point and more of the results.
+
+    Raises:
+        UserError: no pixel of the masks is labelled.
     """
-    counts, digest = [], hashlib.sha256()
-    for i in range(len(data)):
-        image, mask = data.sample(i)
-        digest.update(image.numpy().tobytes() + mask.numpy().tobytes())
-        with torch.inference_mode():
-            predicted = windows.probabilities(logits, image).argmax(dim=0)
-        counts.append(overlaps(predicted, mask, len(data.classes)))
-    return results(np.stack(counts), data.classes, name, data.split, windows, feature_point, digest.hexdigest()[:12])
-
-
-def results(
-    counts: Counts,
-    classes: Sequence[str],
-    name: str,
-    split: str,
-    windows: Windows,
-    feature_point: str,
-    data: str,
-) -> list[Result]:
-    """Return the two results of `overlaps` (n, 3, K)."""
-    found = mean_iou(counts)
-    by_class = dict(zip(classes, np.round(ious(counts.sum(axis=0)), 6).tolist(), strict=True))
-    whole = Result(
-        task=name,
-        evaluator=name,
+    place = world()
+    rows: list[tuple[int, bytes, Counts]] = []
+    with progress_bar(transient=True) as bar:
+        task = bar.add_task("predicting masks", total=len(data), note="")
+        for i in range(place.rank, len(data), place.size):
+            image, mask = data.sample(i)
+            with torch.inference_mode():
+                predicted = windows.probabilities(logits, image).argmax(dim=0)
+            digest = hashlib.sha256(image.numpy().tobytes() + mask.numpy().tobytes()).digest()
+            rows.append((i, digest, overlaps(predicted, mask, len(data.classes))))
+            bar.advance(task, place.size)
+    whole = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row[0])
+    counts = np.stack([count for _, _, count in whole])
+    if not counts[:, 1].sum():
+        raise UserError(f"no pixel of the {data.split} masks has a class: look at the masks, and --reduce-zero-label.")
+    found, right, each = mean_iou(counts), pixel_accuracy(counts), ious(counts.sum(axis=0))
+    known = Result(
         metric="miou",
         value=found.value,
         low=found.low,
         high=found.high,
         n=len(counts),
-        split=split,
-        feature_point=feature_point,
+        split=data.split,
         preprocess=windows.preprocess().hash(),
-        data=data,
-        extra={"iou": {label: None if np.isnan(iou) else iou for label, iou in by_class.items()}},
+        data=hashlib.sha256(b"".join(digest for _, digest, _ in whole)).hexdigest()[:12],
+        **fields,
     )
-    right = pixel_accuracy(counts)
-    return [whole, replace(whole, metric="pixel_accuracy", value=right.value, low=right.low, high=right.high, extra={})]
+    by_class = {
+        name: None if np.isnan(iou) else round(float(iou), 6) for name, iou in zip(data.classes, each, strict=True)
+    }
+    return [
+        replace(known, extra=known.extra | {"iou": by_class}),
+        replace(known, metric="pixel_accuracy", value=right.value, low=right.low, high=right.high),
+    ]

@@ -57,6 +57,11 @@ def levels_of(depth: int) -> tuple[int, int, int, int]:
     return third, half, two_thirds, depth - 1
 
 
+def is_plain(encoder: Encoder) -> bool:
+    """Return whether all layers have one stride: a transformer without stages."""
+    return len({stage["reduction"] for stage in encoder.backbone.feature_info}) == 1
+
+
 class FeatureMaps(nn.Module):
     """Encoded images of the encoder's own size -> four maps, fine to coarse, of `channels[i]` channels each.
 
@@ -74,7 +79,7 @@ class FeatureMaps(nn.Module):
     def __init__(self, encoder: Encoder, norm: bool = False) -> None:
         super().__init__()
         info = list(encoder.backbone.feature_info)
-        self.is_plain = len({stage["reduction"] for stage in info}) == 1
+        self.is_plain = is_plain(encoder)
         if not self.is_plain:
             if len({stage["reduction"] for stage in info[-4:]}) < 4:
                 raise UserError(

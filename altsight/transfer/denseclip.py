@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from altsight.core.config import OptimConfig
 from altsight.core.rng import key
 from altsight.data.mask_views import MaskView
-from altsight.data.segmentation import classes_of, read_masked
+from altsight.data.segmentation import read_splits
 from altsight.evals.base import Result, View
-from altsight.evals.segmentation import SCALES, Windows, score
+from altsight.evals.segmentation import Windows, score
 from altsight.evals.zeroshot import words
-from altsight.train.run import weights_hash
-from altsight.transfer.base import FitConfig, ImageTower, fit, need_text, prepared_for
+from altsight.transfer.base import FitConfig, ImageTower, fit, known_by, need_text, prepared_for
 from altsight.transfer.scoremaps import Prompting, ScoreMaps, check_dense
 from altsight.transfer.segmenter import Segmenter, check_segmenting
 
@@ -77,20 +76,21 @@ class DenseCLIP:
         need_text(view, "denseclip")
         check_dense(view)
         check_segmenting(view.encoder, self.size, self.fit.micro_batch)
-        names = classes_of(Path(self.data), self.classes)
-        training, validation = (
-            read_masked(Path(self.data), split, names, self.reduce_zero_label) for split in ("training", "validation")
-        )
-        method = self.build(view, names)
-        identity = {"weights": weights_hash(method), "settings": replace(self, fit=FitConfig(0, 0))}
+        training, validation = read_splits(Path(self.data), self.classes, self.reduce_zero_label)
+        method = self.build(view, training.classes)
+        identity = known_by(method, self, training.classes, classes="", multi_scale=False)
         data = prepared_for(training, Path(self.data), training.digest())
         trained = fit("denseclip", lambda: method, identity, self.optim, self.fit, data, out)
         assert isinstance(trained, Segmenter)
-        windows = Windows(self.size, view.preprocess.normalization)
-        if self.multi_scale:
-            windows = replace(windows, scales=SCALES, mirrored=True)
-        found = score(trained.logits, validation, windows, "denseclip", "four layers and score maps, fine-tuned")
-        return [replace(result, extra=result.extra | {"seed": self.fit.seed}) for result in found]
+        return score(
+            trained.logits,
+            validation,
+            Windows(self.size, view.encoder.config.normalization, self.multi_scale),
+            task=Path(self.data).name,
+            evaluator="denseclip",
+            feature_point="four layers and score maps, fine-tuned",
+            extra={"seed": self.fit.seed},
+        )
 
     def build(self, view: View, names: tuple[str, ...]) -> Segmenter:
         """Return what is trained, with its initial weights.

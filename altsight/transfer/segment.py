@@ -9,16 +9,14 @@ from typing import Literal
 from altsight.core.config import OptimConfig
 from altsight.core.rng import key
 from altsight.data.mask_views import MaskView
-from altsight.data.segmentation import classes_of, read_masked
+from altsight.data.segmentation import read_splits
 from altsight.evals.base import Result, View
-from altsight.evals.segmentation import SCALES, Windows, score
-from altsight.methods.base import Method
-from altsight.nn.dense import LinearHead
+from altsight.evals.segmentation import Windows, score
+from altsight.nn.dense import LinearHead, is_plain
 from altsight.nn.encoder import Encoder
 from altsight.nn.resample import resized
 from altsight.nn.upernet import UPerNet
-from altsight.train.run import weights_hash
-from altsight.transfer.base import FitConfig, fit, prepared_for
+from altsight.transfer.base import FitConfig, fit, known_by, prepared_for
 from altsight.transfer.segmenter import Segmenter, check_segmenting
 
 FIT = FitConfig(epochs=160_000 * 16 / 20_210, batch=16)
@@ -70,40 +68,34 @@ class Segment:
             UserError: the data or a setting cannot be used; nothing has been written then.
         """
         check_segmenting(view.encoder, self.size, self.fit.micro_batch)
-        names = classes_of(Path(self.data), self.classes)
-        training, validation = (
-            read_masked(Path(self.data), split, names, self.reduce_zero_label) for split in ("training", "validation")
-        )
-        identity = {"weights": weights_hash(view.encoder), "settings": replace(self, fit=FitConfig(0, 0))}
-        trained = fit(
-            "segment",
-            lambda: self._build(view.encoder, len(names)),
-            identity,
-            self._optim(view.encoder),
-            self.fit,
-            prepared_for(training, Path(self.data), training.digest()),
-            out,
-        )
+        training, validation = read_splits(Path(self.data), self.classes, self.reduce_zero_label)
+        method = self._build(view.encoder, len(training.classes))
+        identity = known_by(view.encoder, self, training.classes, classes="", multi_scale=False)
+        data = prepared_for(training, Path(self.data), training.digest())
+        trained = fit("segment", lambda: method, identity, self._optim(view.encoder), self.fit, data, out)
         assert isinstance(trained, Segmenter)
-        windows = Windows(self.size, view.preprocess.normalization)
-        if self.multi_scale:
-            windows = replace(windows, scales=SCALES, mirrored=True)
-        point = "all patches, frozen" if self.head == "linear" else "four layers, fine-tuned"
-        found = score(trained.logits, validation, windows, f"segment {self.head}", point)
-        return [replace(result, extra=result.extra | {"seed": self.fit.seed}) for result in found]
+        return score(
+            trained.logits,
+            validation,
+            Windows(self.size, view.encoder.config.normalization, self.multi_scale),
+            task=Path(self.data).name,
+            evaluator=f"segment {self.head}",
+            feature_point="patches, frozen" if self.head == "linear" else "four layers, fine-tuned",
+            extra={"seed": self.fit.seed},
+        )
 
-    def _build(self, encoder: Encoder, classes: int) -> Method:
+    def _build(self, encoder: Encoder, classes: int) -> Segmenter:
         linear = self.head == "linear"
         own = resized(encoder, img_size=self.size, drop_path=0.0 if linear else self.drop_path)
         decoder: LinearHead | UPerNet
         if linear:
             decoder = LinearHead(own, classes, self.layers)
         else:
-            decoder = UPerNet(own, classes, self.channels or (own.width if own.is_vit else 512))
+            decoder = UPerNet(own, classes, self.channels or (own.width if is_plain(own) else 512))
         decoder.init_weights(key(self.fit.seed, 0, "init").child("decoder"))
         return Segmenter(own, decoder, self.view, None if linear else AUXILIARY, frozen=linear)
 
     def _optim(self, encoder: Encoder) -> OptimConfig:
         # A frozen encoder has no layers to slow down, and a network with stages none that are counted.
-        plain = encoder.is_vit and self.head == "upernet"
-        return self.optim if plain else replace(self.optim, layer_decay=1.0)
+        counted = encoder.is_vit and self.head == "upernet"
+        return self.optim if counted else replace(self.optim, layer_decay=1.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +15,8 @@ from altsight.data.mask_views import MaskPrepare, MaskView
 from altsight.data.segmentation import IGNORED
 from altsight.data.views import Crop
 from altsight.methods.base import Method
-from altsight.nn.dense import resize
-from altsight.nn.encoder import Encoded, Encoder
-from altsight.train.parallel import precision
-
-
-class Decoder(Protocol):
-    """Encoded images of the encoder's size -> loss name -> logits (B, classes, h, w) of any size.
-
-    "segmentation" is what predicts; the others are there in training only.
-    """
-
-    def init_weights(self, at: Key) -> None:
-        """Set every parameter from `at`."""
-        ...
-
-    def __call__(self, encoder: Encoder, encoded: Encoded) -> dict[str, Tensor]: ...
+from altsight.nn.dense import is_plain, resize
+from altsight.nn.encoder import Encoder
 
 
 class Segmenter(Method):
@@ -42,7 +27,9 @@ class Segmenter(Method):
 
     Args:
         encoder: at the size of the views; with its weights, which `init_weights` leaves alone.
-        decoder: a module that is a `Decoder`.
+        decoder: (encoder, encoded images) -> loss name -> logits (B, classes, h, w) of any size: "segmentation", which
+            predicts, and in training "auxiliary". With its weights, too.
+        view: how training views are drawn.
         auxiliary: weight of the second loss; None: the decoder has none.
         frozen: train the decoder only.
         rates: prefix of parameter names -> factor on the learning rate.
@@ -107,8 +94,7 @@ class Segmenter(Method):
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits fp32 (n, classes, S, S) of windows uint8 (n, 3, S, S), on the method's device."""
         device = next(self.parameters()).device
-        with precision(device, torch.float32):
-            return resize(self._decode(images.to(device))["segmentation"], images.shape[2:])
+        return resize(self._decode(images.to(device))["segmentation"], images.shape[2:])
 
     @property
     def _losses(self) -> tuple[str, ...]:
@@ -123,11 +109,12 @@ class Segmenter(Method):
 
 def check_segmenting(encoder: Encoder, size: int, micro_batch: int) -> None:
     """Raise UserError if `encoder` cannot read views of `size` pixels, or the batch would be split."""
-    if encoder.is_vit and size % encoder.patch_size:
-        near = max(size // encoder.patch_size, 1) * encoder.patch_size
+    patch = int(encoder.backbone.feature_info[-1]["reduction"])
+    if is_plain(encoder) and size % patch:
+        near = max(size // patch, 1) * patch
         raise UserError(
-            f"the size {size} is not divisible by the patch size {encoder.patch_size} of '{encoder.config.model}': "
-            f"set --size {near} or {near + encoder.patch_size}."
+            f"the size {size} is not divisible by the patch size {patch} of '{encoder.config.model}': set "
+            f"--size {near} or {near + patch}."
         )
     if micro_batch:
         raise UserError(

@@ -90,9 +90,9 @@ def test_a_prediction_has_the_size_of_its_image() -> None:
 
     image = torch.zeros(3, 30, 200, dtype=torch.uint8)
     image[0, :, 90:] = 255
-    for windows in (Windows(32, "half"), Windows(32, "half", scales=(0.5, 1.0, 1.75), mirrored=True)):
+    for windows in (Windows(32, "half"), Windows(32, "half", multi_scale=True)):
         found = windows.probabilities(bright, image)
         assert found.shape == (2, 30, 200)
         torch.testing.assert_close(found.sum(dim=0), torch.ones(30, 200))
         assert ((found.argmax(dim=0) == 1) == (image[0] > 0)).float().mean() > 0.98
-    assert Windows(32, "half").preprocess().hash() != Windows(32, "half", mirrored=True).preprocess().hash()
+    assert Windows(32, "half").preprocess().hash() != Windows(32, "half", multi_scale=True).preprocess().hash()

@@ -50,7 +50,6 @@ def settings(data: str, **changes: object) -> Segment:
 
 def built(data: str, config: EncoderConfig = VIT, **changes: object) -> Segmenter:
     method = settings(data, **changes)._build(view_of(config).encoder, 6)
-    assert isinstance(method, Segmenter)
     return method
 
 
@@ -131,10 +130,12 @@ def test_the_linear_probe_leaves_the_encoder_alone(data: str) -> None:
     assert method.weights() == {}
 
 
-def test_multi_scale_with_the_last_layers(data: str, tmp_path: Path) -> None:
-    one, _ = trained(data, tmp_path / "one", head="linear")
-    many, _ = trained(data, tmp_path / "many", head="linear", layers=4, multi_scale=True)
-    assert many[0].preprocess != one[0].preprocess
+def test_multi_scale_needs_no_other_training(data: str, tmp_path: Path) -> None:
+    one, _ = trained(data, tmp_path / "out", head="linear", layers=4)
+    log = (tmp_path / "out/log.jsonl").read_text()
+    many, _ = trained(data, tmp_path / "out", head="linear", layers=4, multi_scale=True)
+    assert many[0].preprocess != one[0].preprocess and many[0].data == one[0].data
+    assert (tmp_path / "out/log.jsonl").read_text() == log
 
 
 def test_views_are_drawn_by_the_key(data: str) -> None:
@@ -158,7 +159,7 @@ def test_wrong_use_is_one_line(data: str, tmp_path: Path, changes: dict[str, obj
     with pytest.raises(UserError, match=message) as error:
         settings(**{"data": data, **changes})(view_of(), tmp_path / "out")  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "out/checkpoints").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mask_that_was_not_looked_at_stops_the_training_in_one_line(tmp_path: Path) -> None:
