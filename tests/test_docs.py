@@ -12,6 +12,7 @@ from altsight.cli import COMMANDS
 from altsight.core.config import from_dict
 from altsight.methods import METHODS
 from altsight.study.plan import Plan
+from altsight.study.tasks import TaskFile
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,8 +39,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_commands_and_plans_are_real(page: Path) -> None:
     for command in re.findall(r"^(?:\$ )?altsight (\w+)", blocks(page, "bash"), re.MULTILINE):
         assert command in COMMANDS
-    if plan := blocks(page, "toml"):
-        assert from_dict(tomllib.loads(plan), Plan, str(page)).methods
+    if text := blocks(page, "toml"):
+        table = tomllib.loads(text)
+        if "methods" in table:
+            assert from_dict(table, Plan, str(page)).methods
+        else:
+            assert from_dict(table, TaskFile, str(page)).tasks
 
 
 def test_readme_names_every_method() -> None:

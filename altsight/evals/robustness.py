@@ -34,11 +34,6 @@ def robustness(view: View, task: Task) -> Iterator[Result]:
         "task": task.name,
         "evaluator": "robustness",
         "feature_point": view.feature_point + (", projected" if view.is_dual else ""),
-        "note": join_notes(
-            test.note,
-            reference.note,
-            "" if same else f"'{clean.name}' has other labels, and is answered among all of its classes",
-        ),
         "extra": {
             "classifier": classifier.kind,
             "classes": len(classes),
@@ -47,7 +42,17 @@ def robustness(view: View, task: Task) -> Iterator[Result]:
             "prompts": list(task.prompts),
         },
     }
-    yield scored(view, hits, metric="top1", chance=1 / len(classes), split=task.test.name, data=test.data, **fields)
+    other = "" if same else f"'{clean.name}' has other labels, and is answered among all of its classes"
+    yield scored(
+        view,
+        hits,
+        metric="top1",
+        chance=1 / len(classes),
+        split=task.test.name,
+        data=test.data,
+        note=test.note,
+        **fields,
+    )
     yield scored(
         view,
         clean_hits,
@@ -55,6 +60,7 @@ def robustness(view: View, task: Task) -> Iterator[Result]:
         chance=1 / len(classes_of(clean)),
         split=clean.test.name,
         data=reference.data,
+        note=join_notes(reference.note, other),
         **fields,
     )
     drop = unpaired_difference(clean_hits, hits)
@@ -68,5 +74,6 @@ def robustness(view: View, task: Task) -> Iterator[Result]:
         split=task.test.name,
         preprocess=view.preprocess.hash(),
         data=content_hash([reference.data, test.data]),
+        note=join_notes(test.note, other),
         **fields,
     )
