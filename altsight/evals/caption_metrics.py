@@ -60,7 +60,7 @@ def caption_scores(
     if len(captions) != len(references) or not captions:
         raise UserError(f"{len(captions)} captions cannot be scored against {len(references)} sets of references.")
     scorers = {name: _SCORERS[name] for name in metrics}
-    _find("cider", "cider", "Cider")
+    pycocoevalcap("cider", "cider", "Cider")
     tokenize, note = (ptb, "") if _has_java() else (plain, NON_STANDARD)
     said = {image: [text] for image, text in enumerate(tokenize(captions))}
     flat = iter(tokenize([text for texts in references for text in texts]))
@@ -112,7 +112,7 @@ def corpus_bleu(counts: Array) -> Array:
 
 def _bleu(truth: Texts, said: Texts) -> Iterator[Score]:
     counts = _bleu_counts(truth, said)
-    values, _ = _find("bleu", "bleu", "Bleu")(4).compute_score(truth, said, verbose=0)
+    values, _ = pycocoevalcap("bleu", "bleu", "Bleu")(4).compute_score(truth, said, verbose=0)
     chances = corpus_bleu(_bleu_counts(truth, _moved(said)).sum(axis=0, keepdims=True))[0]
     draw = key(0, 0, "bootstrap").generator()
     even = np.full(len(counts), 1 / len(counts))
@@ -125,7 +125,7 @@ def _bleu(truth: Texts, said: Texts) -> Iterator[Score]:
 
 def _bleu_counts(truth: Texts, said: Texts) -> Array:
     """Return what BLEU sums over images (n, 10); see `corpus_bleu`."""
-    scorer = _find("bleu", "bleu_scorer", "BleuScorer")(n=4)
+    scorer = pycocoevalcap("bleu", "bleu_scorer", "BleuScorer")(n=4)
     for image, texts in truth.items():
         scorer += (said[image][0], texts)
     rows = []
@@ -136,11 +136,11 @@ def _bleu_counts(truth: Texts, said: Texts) -> Array:
 
 
 def _rouge(truth: Texts, said: Texts) -> Iterator[Score]:
-    yield _mean("rouge_l", _find("rouge", "rouge", "Rouge")(), truth, said)
+    yield _mean("rouge_l", pycocoevalcap("rouge", "rouge", "Rouge")(), truth, said)
 
 
 def _cider(truth: Texts, said: Texts) -> Iterator[Score]:
-    yield _mean("cider", _find("cider", "cider", "Cider")(), truth, said)
+    yield _mean("cider", pycocoevalcap("cider", "cider", "Cider")(), truth, said)
 
 
 def _mean(metric: str, scorer: Any, truth: Texts, said: Texts) -> Score:
@@ -155,17 +155,17 @@ def _meteor(truth: Texts, said: Texts) -> Iterator[Score]:
     if not _has_java():
         yield Score("meteor", None, note="not applicable: METEOR needs Java")
         return
-    value, _ = _find("meteor", "meteor", "Meteor")().compute_score(truth, said)
+    value, _ = pycocoevalcap("meteor", "meteor", "Meteor")().compute_score(truth, said)
     yield Score("meteor", float(value), note="no interval: it is computed from sums over the whole set")
 
 
 def _spice(truth: Texts, said: Texts) -> Iterator[Score]:
-    wrapper = _find("spice", "get_stanford_models", "get_stanford_models").__globals__
+    wrapper = pycocoevalcap("spice", "get_stanford_models", "get_stanford_models").__globals__
     models = Path(wrapper["SPICEDIR"]) / wrapper["SPICELIB"] / f"{wrapper['JAR']}-models.jar"
     if not (_has_java() and models.is_file()):
         yield Score("spice", None, note="not applicable: SPICE needs Java and the models that pycocoevalcap fetches")
         return
-    _, scores = _find("spice", "spice", "Spice")().compute_score(truth, said)
+    _, scores = pycocoevalcap("spice", "spice", "Spice")().compute_score(truth, said)
     found = interval([score["All"]["f"] for score in scores])
     yield Score("spice", found.value, found.low, found.high)
 
@@ -188,7 +188,12 @@ def _has_java() -> bool:
     return shutil.which("java") is not None
 
 
-def _find(folder: str, module: str, name: str) -> Any:
+def pycocoevalcap(folder: str, module: str, name: str) -> Any:
+    """Return `name` of a module of pycocoevalcap.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         return getattr(import_module(f"pycocoevalcap.{folder}.{module}"), name)
     except ModuleNotFoundError:

@@ -28,7 +28,7 @@ class VisualGPT(Method):
 
     The source reads 50 regions of a fixed detector; here the patch tokens of the shared encoder take their place, and
     the encoder is trained along. The source's second stage, reinforcement on CIDEr, adapts a captioner and is no
-    pre-training: it is left out.
+    pre-training: see `altsight transfer caption`.
     """
 
     @dataclass(frozen=True)

@@ -87,16 +87,9 @@ def generate(
     for each token: captions are short. What a nucleus draws for an image depends on the seed and the image's values
     alone, not on the batch that it is in.
     """
-    unwritten = [tokenizer.model.token_to_id(name) for name in _UNWRITTEN]
-    banned = [token for token in {tokenizer.pad, tokenizer.start, *unwritten} - {None} if token != tokenizer.end]
-
-    def allowed(ids: Tensor, rows: Tensor) -> Tensor:
-        logits = step(ids, rows).float()
-        logits[:, banned] = -torch.inf
-        return logits
-
     if decoding.how == "beam":
-        return beam(allowed, tokenizer.end, prefix, max_length, decoding.beams, decoding.length_penalty)
+        return all_beams(step, tokenizer, prefix, max_length, decoding)[:, 0]
+    allowed = _allowed(step, tokenizer)
     if decoding.how == "greedy":
         return _extend(allowed, tokenizer.end, prefix, max_length, lambda logits, _: logits.argmax(dim=-1))
     draws = _draws(images, max_length, decoding.seed)
@@ -107,6 +100,26 @@ def generate(
         max_length,
         lambda logits, place: nucleus(logits, draws[:, place], decoding.top_p, decoding.temperature),
     )
+
+
+@torch.no_grad()
+def all_beams(step: Continue, tokenizer: Tokenizer, prefix: Tensor, max_length: int, decoding: Decoding) -> Tensor:
+    """Return all captions (B, up to beams, up to max_length) that a beam search keeps, the best first."""
+    allowed = _allowed(step, tokenizer)
+    return beam(allowed, tokenizer.end, prefix, max_length, decoding.beams, decoding.length_penalty)
+
+
+def _allowed(step: Continue, tokenizer: Tokenizer) -> Continue:
+    """Return `step` with the logits of what is never written at -inf, fp32."""
+    unwritten = [tokenizer.model.token_to_id(name) for name in _UNWRITTEN]
+    banned = [token for token in {tokenizer.pad, tokenizer.start, *unwritten} - {None} if token != tokenizer.end]
+
+    def allowed(ids: Tensor, rows: Tensor) -> Tensor:
+        logits = step(ids, rows).float()
+        logits[:, banned] = -torch.inf
+        return logits
+
+    return allowed
 
 
 def _extend(step: Continue, end: int, ids: Tensor, max_length: int, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -144,7 +157,7 @@ def _draws(images: Tensor, count: int, seed: int) -> Tensor:
 
 
 def beam(step: Continue, end: int, prefix: Tensor, max_length: int, beams: int, length_penalty: float) -> Tensor:
-    """Return the best caption (B, up to max_length) of a beam search that continues `prefix` (B, T).
+    """Return the captions (B, up to beams, up to max_length) of a beam search from `prefix` (B, T), the best first.
 
     A caption's score is the sum of its tokens' log-probabilities, those of the prefix left out, over their number to
     the power `length_penalty`, the end token counted. Captions that have ended stay in the beam and compete with those
@@ -168,4 +181,4 @@ def beam(step: Continue, end: int, prefix: Tensor, max_length: int, beams: int, 
         total = (total.unsqueeze(2) + chances).flatten(1).gather(1, best)
         ids = torch.cat([ids.gather(1, parent.unsqueeze(2).expand(-1, -1, ids.shape[2])), token.unsqueeze(2)], dim=2)
         length, done = length.gather(1, parent), done.gather(1, parent) | (token == end)
-    return ids[:, 0]
+    return ids

@@ -25,6 +25,7 @@ from altsight.train.run import weights_hash
 from altsight.transfer.base import FitConfig, fit, prepared_for, with_view
 from altsight.transfer.caption_data import CaptionedImages, open_captioned
 from altsight.transfer.captioner import RECIPES, Captioner, CaptionerConfig, DecoderKind, build_captioner
+from altsight.transfer.self_critical import ReinforceConfig, SelfCritical, recipe
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class Caption:
     decoding: Decoding = BEAM
     metrics: tuple[CaptionMetric, ...] = METRICS
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=10, batch=50))
+    reinforce_epochs: float = 0.0
+    """Epochs of a second stage that raises the captions' CIDEr-D itself (self-critical training, as in VisualGPT)."""
+    reinforce_lr: float = 1e-5
 
     def __call__(self, view: View, out: Path) -> list[Result]:
         """Return the metrics of the test images' captions, and write these to captions.json.
@@ -92,6 +96,8 @@ class Caption:
             out,
         )
         assert isinstance(model, Captioner)
+        if self.reinforce_epochs:
+            model = self._reinforced(model, train, out / "reinforced")
         captioner = with_view(view, model.encoder, caption=model.caption)
         written = write_captions(captioner, split, self.decoding)
         if world().is_main:
@@ -101,6 +107,16 @@ class Caption:
         return [
             self._seeded(r) for r in score_captions(captioner, "caption", split, written, self.decoding, self.metrics)
         ]
+
+    def _reinforced(self, model: Captioner, train: CaptionedImages, out: Path) -> Captioner:
+        config = ReinforceConfig(weights_hash(model), model.config)
+        data = prepared_for(train, Path(self.data), train.digest)
+        how = replace(self.fit, epochs=self.reinforce_epochs)
+        better = fit(
+            "caption", lambda: SelfCritical(config, model, train), config, recipe(self.reinforce_lr), how, data, out
+        )
+        assert isinstance(better, SelfCritical)
+        return better.captioner
 
     def _tokenizer(self, train: CaptionedImages) -> Tokenizer:
         if self.language_model:

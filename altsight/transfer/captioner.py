@@ -18,7 +18,7 @@ from altsight.methods.base import Method
 from altsight.methods.clip import CLIPPrepare
 from altsight.methods.mae import inference
 from altsight.methods.visualgpt import VisualGPT
-from altsight.nn.decoding import GREEDY, Decoding, without_repeats, write
+from altsight.nn.decoding import GREEDY, Continue, Decoding, without_repeats, write
 from altsight.nn.encoder import Encoder
 from altsight.nn.gated import Gate, GatedConfig, GatedGPT2, VisualEncoder
 from altsight.nn.init import fill, reset
@@ -99,7 +99,7 @@ class Captioner(Method):
 
     def embed(self, batch: Batch, at: Key) -> Outputs:
         """Encode the picture, and predict its caption."""
-        logits = self.decoder(batch["text"][:, :-1], self._look(batch["image"]))
+        logits = self.decoder(batch["text"][:, :-1], self.look(batch["image"]))
         return Outputs(local={"caption": next_token_ce_sum(logits, batch["text"], self.tokenizer.end)})
 
     def no_weight_decay(self) -> set[str]:
@@ -114,17 +114,23 @@ class Captioner(Method):
     def caption(self, images: Tensor, decoding: Decoding = GREEDY) -> list[str]:
         """Return a caption for each of `images` (B, 3, H, W) uint8; a word twice in a row is kept once (VisualGPT)."""
         with inference(self):
-            levels = self._look(images)
+            texts = write(self.step(images), self.tokenizer, images, "", self.config.length, decoding)
+        return list(map(without_repeats, texts))
 
-            def step(ids: Tensor, rows: Tensor) -> Tensor:
-                logits: Tensor = self.decoder(ids, [level[rows] for level in levels])
-                return logits[:, -1]
-
-            return list(map(without_repeats, write(step, self.tokenizer, images, "", self.config.length, decoding)))
-
-    def _look(self, images: Tensor) -> list[Tensor]:
+    def look(self, images: Tensor) -> list[Tensor]:
+        """Return what the decoder reads of `images` (B, 3, H, W) uint8: (B, S, W) a level."""
         levels: list[Tensor] = self.visual(self.encoder(self.encoder.normalize(images)).patches)
         return levels
+
+    def step(self, images: Tensor) -> Continue:
+        """Return what continues captions of `images` by a token."""
+        levels = self.look(images)
+
+        def step(ids: Tensor, rows: Tensor) -> Tensor:
+            logits: Tensor = self.decoder(ids, [level[rows] for level in levels])
+            return logits[:, -1]
+
+        return step
 
 
 def build_captioner(config: CaptionerConfig, encoder: Encoder, tokenizer: Tokenizer, at: Key) -> Captioner:

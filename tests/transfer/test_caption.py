@@ -74,8 +74,14 @@ def encoder() -> Encoder:
 
 
 @pytest.fixture
-def view(encoder: Encoder, tokenizer: Tokenizer) -> View:
-    clip = CLIP(CLIP.Config(TextConfig(32, 2, 1, 16), 16), encoder, Corpus(tokenizer))
+def view() -> View:
+    return toy_view()
+
+
+def toy_view() -> View:
+    """A CLIP of random weights."""
+    tokenizer = train_tokenizer(iter(TEXTS * 3), 300)
+    clip = CLIP(CLIP.Config(TextConfig(32, 2, 1, 16), 16), Encoder(ENCODER), Corpus(tokenizer))
     clip.init_weights(key(0, 0, "init"))
     return view_of(clip.eval(), "random clip")
 
