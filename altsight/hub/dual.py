@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from altsight.core.errors import UserError
 from altsight.evals.base import View
 from altsight.hub.model import Found, Model
+from altsight.hub.parity import TEXTS, largest, pictures
 from altsight.methods.base import Method
 from altsight.methods.lit import LiT
 from altsight.methods.siglip import SigLIP
@@ -32,6 +34,25 @@ class Foreign:
     text: Callable[[Sequence[str]], Tensor]
     scale: float
     bias: float
+
+
+@torch.inference_mode()
+def differences(view: View, foreign: Foreign) -> dict[str, float]:
+    """Return the largest differences of unit vectors of images and of texts, and of logits in units of their scale."""
+    assert view.text is not None and view.embed_image is not None
+    images = view.encoder.eval().normalize(pictures(view).to(view.device))
+    ours = (
+        F.normalize(view.embed_image(view.encoder(images)), dim=-1).cpu(),
+        F.normalize(view.text.eval()(view.text.encode(TEXTS).to(view.device)), dim=-1).cpu(),
+    )
+    theirs = (F.normalize(foreign.image(images.cpu()), dim=-1), F.normalize(foreign.text(TEXTS), dim=-1))
+    logits = view.logit_scale * ours[0] @ ours[1].T + view.logit_bias
+    other = foreign.scale * theirs[0] @ theirs[1].T + foreign.bias
+    return {
+        "image vectors": largest(ours[0], theirs[0]),
+        "text vectors": largest(ours[1], theirs[1]),
+        "logits": largest(logits / view.logit_scale, other / view.logit_scale),
+    }
 
 
 def as_model(view: View) -> Model:

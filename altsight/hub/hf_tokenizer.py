@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -26,11 +27,6 @@ def hf_tokenizer(name: str, clean: Clean = "none") -> Tokenizer:
         UserError: it cannot be loaded, or texts do not end in an end token.
     """
     theirs = _fetch(name)
-    if not getattr(theirs, "is_fast", False):
-        raise UserError(
-            f"the tokenizer in '{name}' runs in Python only (it has no tokenizer.json): save the fast one of "
-            "transformers."
-        )
     framed, plain = (theirs("a b", add_special_tokens=special)["input_ids"] for special in (True, False))
     if framed[-1] != theirs.eos_token_id and framed[-1] != theirs.sep_token_id:
         raise UserError(f"the tokenizer in '{name}' does not end texts in an end token: use another model.")
@@ -45,16 +41,21 @@ def hf_tokenizer(name: str, clean: Clean = "none") -> Tokenizer:
 
 
 def _fetch(name: str) -> Any:
-    try:
-        from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # what a hub without a network raises is of many kinds
+    try:
+        theirs = AutoTokenizer.from_pretrained(name)
+        if theirs.is_fast:
+            return theirs
+        reason = "it runs in Python only"
+    except Exception as error:  # what a hub without a network, or a missing library, raises is of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the tokenizer '{name}' cannot be loaded ({reason}): give a folder with tokenizer.json, or connect to a "
-            "network."
-        ) from None
+    if (Path(name) / "tokenizer.json").is_file():
+        # The folder's own class may need a library that this file does not.
+        return PreTrainedTokenizerFast.from_pretrained(name)
+    raise UserError(
+        f"the tokenizer '{name}' cannot be loaded ({reason}): give a folder with tokenizer.json, or go online."
+    )
 
 
 def fast_tokenizer(tokenizer: Tokenizer, context: int, pad_with_end: bool = False) -> Any:

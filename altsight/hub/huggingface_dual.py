@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,10 @@ def read(source: Source) -> Model:
         source = fetched(source)
     config, folder = source.json("config.json"), str(source.path)
     kind = config["model_type"]
-    vision, language = (_settings(kind, config, part) for part in ("vision", "text"))
+    vision, language = (settings_of(kind, config, part) for part in ("vision", "text"))
     preprocess = preprocess_in(source, vision["image_size"])
     embed_dim: int = config.get("projection_dim", 512) if kind == "clip" else language["projection_size"]
-    text = _text(kind, language, embed_dim, folder)
+    text = text_tower(kind, language, embed_dim, folder)
     model = Model(
         Found(f"{'CLIP' if kind == 'clip' else 'SigLIP'} of Hugging Face's transformers"),
         _encoder(kind, vision, preprocess.normalization),
@@ -72,11 +72,16 @@ def read(source: Source) -> Model:
     weights = joined(source.weights)
     left, missing = adopt(model, weights, names)
     need_all(missing, names, source.given)
+    scales(model, weights, left)
+    return model
+
+
+def scales(model: Model, weights: Mapping[str, Tensor], left: Iterable[str]) -> None:
+    """Give `model` the scale and bias of the logits, and what is `left` of the weights."""
     model.logit_scale = float(weights["logit_scale"].exp()) if "logit_scale" in weights else 100.0
     model.logit_bias = float(weights.get("logit_bias", torch.zeros(())))
     unused = tuple(name for name in left if not name.endswith((".position_ids", "logit_scale", "logit_bias")))
     model.found = replace(model.found, left_over=unused)
-    return model
 
 
 def fetched(source: Source) -> Source:
@@ -168,7 +173,7 @@ def split(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _settings(kind: str, config: Mapping[str, Any], part: str) -> dict[str, Any]:
+def settings_of(kind: str, config: Mapping[str, Any], part: str) -> dict[str, Any]:
     """Return the settings of a tower, those that config.json leaves out at the library's defaults.
 
     Raises:
@@ -212,13 +217,18 @@ def _encoder(kind: str, settings: Mapping[str, Any], normalization: str) -> Enco
     )
 
 
-def _text(kind: str, settings: Mapping[str, Any], embed_dim: int, folder: str) -> TextTower:
+def text_tower(kind: str, settings: Mapping[str, Any], embed_dim: int, folder: str) -> TextTower:
+    """Return the text tower of transformers' "clip" or "siglip", without weights; its tokenizer is in `folder`.
+
+    Raises:
+        UserError: the tokenizer is missing, or of another model.
+    """
     clean: Clean = "letters" if kind == "siglip" and _cleans(Path(folder)) else "none"
     tokenizer = hf_tokenizer(folder, clean)
     clip = kind == "clip"
     # Old configurations of CLIP say 2 and mean the highest id.
-    end = settings["eos_token_id"]
-    if clip and end not in (2, tokenizer.end):
+    end = settings["vocab_size"] - 1 if settings["eos_token_id"] == 2 else settings["eos_token_id"]
+    if clip and end != tokenizer.end:
         raise UserError(
             f"the tokenizer in '{folder}' ends texts with token {tokenizer.end}, and the model reads them at {end}: "
             "the two do not belong together."

@@ -16,30 +16,38 @@ from torch import Tensor
 
 from altsight.core.errors import UserError
 from altsight.data.views import statistics
-from altsight.hub.dual import Foreign, need_plain_map, need_tower
+from altsight.evals.base import View
+from altsight.hub.dual import Foreign, as_model, differences, need_plain_map, need_tower
 from altsight.hub.hf_tokenizer import fast_tokenizer, swapped
-from altsight.hub.huggingface_forms import OTHERS, any_two, clip, form_of, siglip, text_kind
+from altsight.hub.huggingface_forms import OTHERS, clip, form_of, siglip, text_kind
+from altsight.hub.huggingface_pair import pair
 from altsight.hub.model import Model
 
 USAGE = """import torch
+from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 model, processor = AutoModel.from_pretrained("{folder}"), AutoProcessor.from_pretrained("{folder}")
-texts = ["a photo of a dog", "a photo of a cat"]
-inputs = processor(text=texts, padding="max_length", truncation=True, return_tensors="pt")
+texts = ["an orange square", "a photo of a dog"]
+image = Image.new("RGB", (320, 240), "orange")
+inputs = processor(text=texts, images=image, padding="max_length", truncation=True, return_tensors="pt")
 with torch.inference_mode():
-    vectors = model.get_text_features(input_ids=inputs["input_ids"])
+    outputs = model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+print(outputs.logits_per_image)
 """
 AMBIGUOUS_END = 2
 """Where transformers' CLIP finds this id of the end token in its settings, it looks for the highest id instead."""
 
 
-def write(model: Model, folder: Path) -> None:
-    """Write the dual encoder `model` to `folder`, which exists.
+def write(view: View, folder: Path) -> None:
+    """Write the dual encoder of `view` to `folder`, which exists.
 
     Raises:
         UserError: transformers has no such model; the message says what it lacks. Nothing is written then.
     """
+    from transformers.utils import logging
+
+    model = as_model(view)
     text = need_tower(model, "transformers")
     need_plain_map(model, "transformers")
     form = form_of(model, text)
@@ -48,16 +56,27 @@ def write(model: Model, folder: Path) -> None:
             "transformers cannot pad with a letter's token, as OpenCLIP does, and this text tower sees the padding: "
             f"{OTHERS}."
         )
-    theirs = {"clip": clip, "siglip": siglip, "any": any_two}[form](model, text)
+    theirs = {"clip": clip, "siglip": siglip, "any": pair}[form](model, text)
     theirs.logit_scale.data.fill_(math.log(model.logit_scale))
     tokenizer = text.tokenizer
     if text_kind(text) == "clip" and tokenizer.end == AMBIGUOUS_END:
         last = tokenizer.vocab_size - 1
         tokenizer = swapped(tokenizer, AMBIGUOUS_END, last)
         _swap_words(theirs, AMBIGUOUS_END, last)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     theirs.eval().save_pretrained(folder)
     fast = fast_tokenizer(tokenizer, text.context, text.config.pad_with_end)
     _processor(form, _image_processor(model), fast).save_pretrained(folder)
+
+
+def compare(view: View, folder: Path) -> dict[str, float]:
+    """Load the folder with transformers; return the largest differences of what it computes."""
+    return differences(view, load_back(folder))
+
+
+def usage(view: View, folder: str) -> str:
+    """Return Python code that compares an image with texts by the export in `folder`."""
+    return USAGE.format(folder=folder)
 
 
 def load_back(folder: Path) -> Foreign:

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from altsight.core.config import write_json
 from altsight.core.errors import UserError
 from altsight.data.views import statistics
-from altsight.hub.dual import Foreign, image_map, is_plain, need_plain_map, need_tower, norm_eps, position_table
+from altsight.evals.base import View
+from altsight.hub.dual import (
+    Foreign,
+    as_model,
+    differences,
+    image_map,
+    is_plain,
+    need_plain_map,
+    need_tower,
+    norm_eps,
+    position_table,
+)
 from altsight.hub.hf_tokenizer import fast_tokenizer
 from altsight.hub.model import Model
 from altsight.hub.names import handed_out
@@ -27,20 +38,27 @@ from altsight.nn.text import TextTower
 
 WEIGHTS = "open_clip_model.safetensors"
 USAGE = """import open_clip
+import torch
+from PIL import Image
 
 model, preprocess = open_clip.create_model_from_pretrained("local-dir:{folder}")
 tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
-texts = model.encode_text(tokenizer(["a photo of a dog", "a photo of a cat"]), normalize=True)
+image = preprocess(Image.new("RGB", (320, 240), "orange")).unsqueeze(0)
+with torch.inference_mode():
+    images = model.encode_image(image, normalize=True)
+    texts = model.encode_text(tokenizer(["an orange square", "a photo of a dog"]), normalize=True)
+print(images @ texts.T)
 """
 OTHERS = "export it to huggingface or onnx instead"
 
 
-def write(model: Model, folder: Path) -> None:
-    """Write the dual encoder `model` to `folder`, which exists.
+def write(view: View, folder: Path) -> None:
+    """Write the dual encoder of `view` to `folder`, which exists.
 
     Raises:
         UserError: OpenCLIP has no such model; the message says what it lacks. Nothing is written then.
     """
+    model = as_model(view)
     text = need_tower(model, "OpenCLIP")
     if model.preprocess.crop_ratio != 1:
         raise UserError(f"OpenCLIP cuts the centre at the size of the image, not at a ratio of it: {OTHERS}.")
@@ -63,6 +81,16 @@ def write(model: Model, folder: Path) -> None:
         fast_tokenizer(text.tokenizer, text.context, text.config.pad_with_end).save_pretrained(folder)
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
     write_json(folder / CONFIG, {"model_cfg": settings, "preprocess_cfg": _preprocess(model)})
+
+
+def compare(view: View, folder: Path) -> dict[str, float]:
+    """Load the folder with OpenCLIP; return the largest differences of what it computes."""
+    return differences(view, load_back(folder))
+
+
+def usage(view: View, folder: str) -> str:
+    """Return Python code that compares an image with texts by the export in `folder`."""
+    return USAGE.format(folder=folder)
 
 
 def load_back(folder: Path) -> Foreign:

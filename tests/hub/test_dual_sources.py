@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import altsight
 from altsight.core.errors import UserError
 from altsight.evals.load import view_of
 from altsight.hub import huggingface_write, openclip_write
-from altsight.hub.dual import as_model
 from altsight.hub.load import load_model
 from altsight.hub.model import Model
 from altsight.methods.align import ALIGN
@@ -143,13 +143,13 @@ def test_models_of_one_library_go_to_the_other(source: str, tmp_path: Path) -> N
         model, writer = load_model(str(saved(tmp_path / "in", config, theirs(config)))), huggingface_write  # type: ignore[assignment]
     if source == "SigLIP":
         with pytest.raises(UserError, match="OpenCLIP cannot hold this model"):
-            writer.write(model, tmp_path / "out")
+            writer.write(model.view("model"), tmp_path / "out")
         return
     if source.startswith("mean"):
         with pytest.raises(UserError, match="cannot name the 1e-05 in the layer norms"):
-            writer.write(model, tmp_path / "out")
+            writer.write(model.view("model"), tmp_path / "out")
         return
-    writer.write(model, tmp_path / "out")
+    writer.write(model.view("model"), tmp_path / "out")
     other = writer.load_back(tmp_path / "out")
     image, words = both(model, pixels(64))
     torch.testing.assert_close(other.image(pixels(64)), image, atol=1e-5, rtol=0)
@@ -157,13 +157,30 @@ def test_models_of_one_library_go_to_the_other(source: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("writer", [openclip_write, huggingface_write])
-def test_the_usage_that_is_printed_runs(writer: Any, tmp_path: Path) -> None:
+def test_the_usage_that_is_printed_runs(writer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = CLIP.Config(TextConfig(64, 2, 2, 20), 48)
-    encoder = ENCODER.__class__(**{**vars(ENCODER), "quick_gelu": True})
-    writer.write(as_model(view_of(trained(CLIP, config, encoder), "run")), tmp_path)
-    names: dict[str, Any] = {}
-    exec(writer.USAGE.format(folder=tmp_path), names)
-    assert len(names["texts"]) == 2
+    encoder = replace(ENCODER, quick_gelu=True)
+    view = view_of(trained(CLIP, config, encoder), "run")
+    writer.write(view, tmp_path)
+    assert max(writer.compare(view, tmp_path).values()) < 1e-5
+    assert "altsight" not in writer.usage(view, str(tmp_path))
+    exec(writer.usage(view, str(tmp_path)), {})
+    assert capsys.readouterr().out.startswith("tensor([[")
+
+
+@pytest.mark.parametrize("writer", [openclip_write, huggingface_write])
+def test_the_comparison_finds_what_is_wrong(writer: Any, tmp_path: Path) -> None:
+    config = CLIP.Config(TextConfig(64, 2, 2, 20, quick_gelu=False), 48)
+    method = trained(CLIP, config, ENCODER)
+    writer.write(view_of(method, "run"), tmp_path)
+    for name, what in (("text.ln_final.bias", "text vectors"), ("encoder.backbone.pos_embed", "image vectors")):
+        parameter = method.get_parameter(name)
+        before = parameter.detach().clone()
+        parameter.data += 0.1 * torch.randn(before.shape)
+        assert writer.compare(view_of(method, "run"), tmp_path)[what] > 1e-3
+        parameter.data.copy_(before)
+    wrong = replace(view_of(method, "run"), logit_bias=-3.0)
+    assert writer.compare(wrong, tmp_path)["logits"] > 1e-3
 
 
 RUNS: dict[str, tuple[Any, Any, str, str]] = {
@@ -191,7 +208,7 @@ def test_what_a_library_cannot_hold_is_said_in_one_line(name: str, tmp_path: Pat
     for writer, reason in zip((openclip_write, huggingface_write), reasons, strict=True):
         if reason:
             with pytest.raises(UserError, match=reason) as error:
-                writer.write(as_model(view), tmp_path)
+                writer.write(view, tmp_path)
             assert "\n" not in str(error.value)
             assert not list(tmp_path.iterdir()), "nothing is half-written"
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from altsight.core.errors import UserError
 from altsight.evals.load import view_of
-from altsight.hub.dual import as_model
 from altsight.hub.huggingface_write import load_back, write
 from altsight.hub.load import load_model
 from altsight.hub.model import Model
@@ -52,7 +55,6 @@ def clip_tokenizer_folder(folder: Path) -> None:
 
 def siglip_tokenizer_folder(folder: Path) -> None:
     """Write a tokenizer like SigLIP's, in its fast form: pieces of sentences, an end and no start."""
-    import tokenizers
     from transformers import PreTrainedTokenizerFast
 
     model = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("</s>", 0.0)], 0))
@@ -67,6 +69,20 @@ def siglip_tokenizer_folder(folder: Path) -> None:
         tokenizer_object=model, eos_token="</s>", pad_token="</s>", unk_token="<unk>", model_max_length=16
     )
     fast.save_pretrained(folder)
+
+
+def siglip2_tokenizer_folder(folder: Path) -> None:
+    """Write a tokenizer like SigLIP 2's: lower case, bytes for unknown letters, padding before the text."""
+    from transformers import Siglip2Tokenizer
+
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    letters = ("▁", *"abcdefghijklmnopqrstuvwxyz0123456789.,!?'")
+    merges = [("t", "h"), ("th", "e"), ("o", "f"), ("▁", "the")]
+    words = (*special, *letters, *(f"<0x{byte:02X}>" for byte in range(256)), *("".join(merge) for merge in merges))
+    tokenizer = Siglip2Tokenizer(dict(zip(words, range(len(words)), strict=True)), merges, add_eos_token=True)
+    frame = tokenizers.processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.backend_tokenizer.post_processor = frame
+    tokenizer.save_pretrained(folder)
 
 
 def clip(folder: Path, vision: Mapping[str, Any], text: Mapping[str, Any]) -> Any:
@@ -155,7 +171,7 @@ def test_features_and_logits_are_the_librarys(name: str, tmp_path: Path) -> None
     assert image.std() > 0.01 and words.std() > 0.01, "vectors that are all alike would agree with anything"
 
 
-@pytest.mark.parametrize("make", [clip_tokenizer_folder, siglip_tokenizer_folder])
+@pytest.mark.parametrize("make", [clip_tokenizer_folder, siglip_tokenizer_folder, siglip2_tokenizer_folder])
 def test_tokens_are_the_librarys(make: Any, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -176,7 +192,7 @@ def test_what_was_read_is_written_and_read_again(name: str, tmp_path: Path) -> N
         (tmp_path / folder).mkdir()
     make(tmp_path / "first", vision, text)
     first = load_model(str(tmp_path / "first"))
-    write(first, tmp_path / "second")
+    write(first.view("first"), tmp_path / "second")
     second = load_model(str(tmp_path / "second"))
     a, b = first.state_dict(), second.state_dict()
     assert a.keys() == b.keys()
@@ -193,7 +209,7 @@ def test_runs_are_what_transformers_makes_of_their_export(name: str, tmp_path: P
     from transformers import AutoProcessor
 
     view = view_of(trained(*RUNS[name]), "run")
-    write(as_model(view), tmp_path)
+    write(view, tmp_path)
     other = load_back(tmp_path)
     size = view.preprocess.size
     images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
@@ -203,7 +219,56 @@ def test_runs_are_what_transformers_makes_of_their_export(name: str, tmp_path: P
     torch.testing.assert_close(other.image(images), image, atol=1e-5, rtol=0)
     torch.testing.assert_close(other.text(TEXTS), text, atol=1e-5, rtol=0)
     assert other.scale == pytest.approx(view.logit_scale) and other.bias == pytest.approx(view.logit_bias)
+    again = load_model(str(tmp_path))
+    ours = vectors(again, images)
+    torch.testing.assert_close(ours[0], image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours[1], text, atol=1e-5, rtol=0)
+    assert again.found.left_over == ()
     inputs = AutoProcessor.from_pretrained(tmp_path)(
         text=TEXTS, images=[Image.new("RGB", (90, 70))], padding="max_length", truncation=True, return_tensors="pt"
     )
     assert inputs["pixel_values"].shape[-2:] == (size, size) and inputs["input_ids"].shape[1] == view.text.context
+
+
+def test_the_first_siglip_drops_punctuation_before_its_tokens(tmp_path: Path) -> None:
+    siglip(tmp_path, {}, {})
+    settings = tmp_path / "tokenizer_config.json"
+    plain = load_model(str(tmp_path)).text
+    # The class of that name runs sentencepiece in Python; the file tokenizer.json holds the same pieces.
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "SiglipTokenizer"}))
+    cleaned = load_model(str(tmp_path)).text
+    assert plain is not None and cleaned is not None
+    assert torch.equal(cleaned.encode(["A Photo, of: (dogs)!"]), plain.encode(["a photo of dogs"]))
+    assert not torch.equal(plain.encode(["A Photo, of: (dogs)!"]), plain.encode(["a photo of dogs"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "reason"),
+    [
+        # The library makes up a tokenizer of three tokens for a CLIP without one.
+        (clip, {}, "do not belong together"),
+        (clip, {"eos_token_id": 2}, "do not belong together"),
+        (siglip, {}, r"give a folder with tokenizer\.json"),
+    ],
+)
+def test_a_folder_without_a_tokenizer_gives_one_line(
+    make: Any, text: Mapping[str, Any], reason: str, tmp_path: Path
+) -> None:
+    make(tmp_path, {}, text)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match=reason) as error:
+        load_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_missing_or_of_no_use_are_named(tmp_path: Path) -> None:
+    clip(tmp_path, {}, {})
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"something.else": torch.zeros(2)}, file)
+    assert load_model(str(tmp_path)).found.left_over == ("something.else",)
+    del weights["text_projection.weight"]
+    save_file(weights, file)
+    with pytest.raises(UserError, match=r"lack 1 tensors .*'text_projection.weight'"):
+        load_model(str(tmp_path))

@@ -16,7 +16,7 @@ from torch import Tensor
 from altsight.core.rng import key
 from altsight.data.text import train_tokenizer
 from altsight.evals.load import view_of
-from altsight.hub.dual import as_model, position_table
+from altsight.hub.dual import position_table
 from altsight.hub.load import load_model
 from altsight.hub.model import Model
 from altsight.hub.openclip_write import load_back, write
@@ -161,7 +161,7 @@ def state_of(model: Model) -> dict[str, Tensor]:
 def test_what_was_read_is_written_and_read_again(name: str, tmp_path: Path) -> None:
     first = load_model(str(saved(tmp_path / "first", MODELS[name], theirs(MODELS[name]))))
     (tmp_path / "second").mkdir()
-    write(first, tmp_path / "second")
+    write(first.view("first"), tmp_path / "second")
     second = load_model(str(tmp_path / "second"))
     a, b = state_of(first), state_of(second)
     assert a.keys() == b.keys()
@@ -209,7 +209,7 @@ def trained(kind: type[Method], config: Any, encoder: EncoderConfig) -> Method:
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_are_what_open_clip_makes_of_their_export(name: str, tmp_path: Path) -> None:
     view = view_of(trained(*RUNS[name]), "run")
-    write(as_model(view), tmp_path)
+    write(view, tmp_path)
     other = load_back(tmp_path)
     images = pixels(view.preprocess.size)
     assert view.text is not None and view.embed_image is not None
