@@ -30,39 +30,19 @@ def robustness(view: View, task: Task) -> Iterator[Result]:
     clean = replace(task.clean, classes=dict.fromkeys(classes, "")) if same else task.clean
     hits, test = classifier.hits(view, task, task.test)
     clean_hits, reference = of_clean.hits(view, clean, clean.test)
+    other = "" if same else f"'{clean.name}' has other labels, and is answered among all of its classes"
     fields: dict[str, Any] = {
         "task": task.name,
         "evaluator": "robustness",
         "feature_point": view.feature_point + (", projected" if view.is_dual else ""),
-        "extra": {
-            "classifier": classifier.kind,
-            "classes": len(classes),
-            "clean": clean.name,
-            "clean_classes": len(classes_of(clean)),
-            "prompts": list(task.prompts),
-        },
+        "extra": {"classifier": classifier.kind, "clean": clean.name, "prompts": list(task.prompts)},
     }
-    other = "" if same else f"'{clean.name}' has other labels, and is answered among all of its classes"
-    yield scored(
-        view,
-        hits,
-        metric="top1",
-        chance=1 / len(classes),
-        split=task.test.name,
-        data=test.data,
-        note=test.note,
-        **fields,
-    )
-    yield scored(
-        view,
-        clean_hits,
-        metric="clean_top1",
-        chance=1 / len(classes_of(clean)),
-        split=clean.test.name,
-        data=reference.data,
-        note=join_notes(reference.note, other),
-        **fields,
-    )
+    for metric, of, correct, used, note in (
+        ("top1", task, hits, test, test.note),
+        ("clean_top1", clean, clean_hits, reference, join_notes(reference.note, other)),
+    ):
+        chance, data = 1 / len(classes_of(of)), used.data
+        yield scored(view, correct, metric=metric, chance=chance, split=of.test.name, data=data, note=note, **fields)
     drop = unpaired_difference(clean_hits, hits)
     fields["extra"] = {**fields["extra"], "seed": 0}
     yield Result(
