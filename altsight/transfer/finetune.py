@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from altsight.core.config import OptimConfig
+from altsight.core.dist import world
 from altsight.core.errors import UserError
 from altsight.core.rng import Key, key, torch_seeded
 from altsight.core.types import Batch, Document, Example, Outputs
 from altsight.data.views import Crop
 from altsight.evals.base import Result, View
+from altsight.evals.encoder_file import write_encoder
 from altsight.methods.base import Method
 from altsight.nn.encoder import Encoder, FeaturePoint
 from altsight.nn.resample import resized
@@ -83,6 +87,9 @@ class Finetune:
     def __call__(self, view: View, out: Path) -> list[Result]:
         """Return top-1, top-5 and mean-per-class accuracy, or the mAP, of the val and the test set.
 
+        Besides what training writes, `out` gets encoder.safetensors, which `altsight load` reads, and
+        classifier.safetensors.
+
         Raises:
             UserError: a set or a setting cannot be used; nothing has been written then.
         """
@@ -100,6 +107,9 @@ class Finetune:
         )
         assert isinstance(model, Classifier)
         tuned = model.as_view(view, self.crop_ratio)
+        if world().is_main:
+            write_encoder(tuned, out / "encoder.safetensors")
+            model.write_head(out / "classifier.safetensors", train.classes)
         return [
             result
             for split, images in held_out.items()
@@ -198,6 +208,11 @@ class Classifier(Method):
         """Return the scores (n, classes) of features (n, D), fp32 on the features' device."""
         device = self.head.weight.device
         return self.head(self.norm(features.to(device))).float().to(features.device)
+
+    def write_head(self, path: Path, names: tuple[str, ...]) -> None:
+        """Write what comes after the encoder, with the names of the classes in the file's metadata."""
+        state = {name: value.cpu() for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+        save_file(state, path, metadata={"classes": json.dumps(names), "feature_point": self.point})
 
     def prepare(self, crop: Crop, size: int) -> FinetunePrepare:
         """Return the preparation; `crop` is not used, augmentation has one of its own."""
