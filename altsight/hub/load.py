@@ -17,7 +17,7 @@ from altsight.nn.resample import resized
 from altsight.train.run import pick_device
 from altsight.transfer.base import with_view
 
-READERS = ("lcl", "openclip", "huggingface_dual", "huggingface_pair", "huggingface", "timm", "checkpoints")
+READERS = ("own", "lcl", "openclip", "huggingface_dual", "huggingface_pair", "huggingface", "timm", "checkpoints")
 """Modules of this package, asked in this order. Each has `recognises(source) -> bool` and `read(source) -> Model`."""
 
 

@@ -17,7 +17,7 @@ from altsight.evals.base import Preprocess
 from altsight.hub.fill import filled, timm_point
 from altsight.hub.model import Found, Model
 from altsight.hub.source import Source
-from altsight.nn.encoder import Encoder, EncoderConfig
+from altsight.nn.encoder import Encoder, EncoderConfig, FeaturePoint
 
 ARGUMENTS = {
     "img_size": "img_size",
@@ -31,6 +31,9 @@ ARGUMENTS = {
     "pre_norm": "pre_norm",
 }
 """What a folder of timm calls the settings of an encoder, and their names in `EncoderConfig`."""
+
+POINT = "feature_point"
+"""Entry of a folder's config.json that timm passes over: where Altsight read the features before it wrote them."""
 
 
 def recognises(source: Source) -> bool:
@@ -46,15 +49,19 @@ def read(source: Source) -> Model:
     """
     if source.scheme == "timm" and source.path is None:
         return _fetched(source)
-    if source.scheme == "timm":
-        config, cfg = described(source.model), _pretrained_cfg(source.model)
-        recognised = f"a file of weights of timm's {source.model}"
-    else:
-        folder = source.json("config.json")
-        cfg = _pretrained_cfg(folder["architecture"]) | folder.get("pretrained_cfg", {})
-        config = _of_folder(folder, cfg, source.given)
-        recognised = f"a folder that timm loads, {folder['architecture']}"
+    if not source.scheme:
+        return _of_folder(source)
+    config, cfg = described(source.model), pretrained_cfg(source.model)
+    recognised = f"a file of weights of timm's {source.model}"
     return _model(recognised, config, cfg, converted(source.weights, config), source.given)
+
+
+def _of_folder(source: Source) -> Model:
+    folder = source.json("config.json")
+    cfg = pretrained_cfg(folder["architecture"]) | folder.get("pretrained_cfg", {})
+    config = _built(folder, cfg, source.given)
+    recognised = f"a folder that timm loads, {folder['architecture']}"
+    return _model(recognised, config, cfg, converted(source.weights, config), source.given, folder.get(POINT))
 
 
 def _fetched(source: Source) -> Model:
@@ -72,11 +79,16 @@ def _fetched(source: Source) -> Model:
 
 
 def _model(
-    recognised: str, config: EncoderConfig, cfg: Mapping[str, Any], weights: Mapping[str, Tensor], given: str
+    recognised: str,
+    config: EncoderConfig,
+    cfg: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    given: str,
+    point: FeaturePoint | None = None,
 ) -> Model:
     config = replace(config, normalization=normalization_of(cfg["mean"], cfg["std"]))
     encoder, left_over = filled(config, weights, given)
-    return Model(Found(recognised, left_over), encoder, preprocess_of(cfg, config), timm_point(encoder))
+    return Model(Found(recognised, left_over), encoder, preprocess_of(cfg, config), point or timm_point(encoder))
 
 
 def preprocess_of(cfg: Mapping[str, Any], config: EncoderConfig) -> Preprocess:
@@ -100,11 +112,16 @@ def preprocess_of(cfg: Mapping[str, Any], config: EncoderConfig) -> Preprocess:
 
 def described(name: str) -> EncoderConfig:
     """Return the config of timm's model `name` at its own size."""
-    cfg = _pretrained_cfg(name)
+    cfg = pretrained_cfg(name)
     return EncoderConfig(name.partition(".")[0], img_size=cfg["input_size"][-1], positions="learned")
 
 
-def _pretrained_cfg(name: str) -> dict[str, Any]:
+def pretrained_cfg(name: str) -> dict[str, Any]:
+    """Return what timm says of the pre-trained weights `name`: input size, statistics, interpolation, crop ...
+
+    Raises:
+        UserError: there is no such model, or no such weights of it.
+    """
     model = name.partition(".")[0]
     if not timm.is_model(model):
         raise UserError(f"timm has no model '{model}'.{did_you_mean(model, timm.list_models())}")
@@ -115,19 +132,27 @@ def _pretrained_cfg(name: str) -> dict[str, Any]:
     return asdict(cfg)
 
 
-def _of_folder(folder: Mapping[str, Any], cfg: Mapping[str, Any], given: str) -> EncoderConfig:
+def _built(folder: Mapping[str, Any], cfg: Mapping[str, Any], given: str) -> EncoderConfig:
+    """Return the config of a folder's model."""
     arguments = {name: value for name, value in folder.get("model_args", {}).items() if value is not None}
-    known = {ARGUMENTS[name]: _side(arguments.pop(name)) for name in list(arguments) if name in ARGUMENTS}
-    known["quick_gelu"] = arguments.pop("act_layer", "") == "quick_gelu"
-    for harmless in ("num_classes", "dynamic_img_size", *("in_chans",) * (arguments.get("in_chans") == 3)):
-        arguments.pop(harmless, None)
-    if arguments:
+    settings = {"img_size": cfg["input_size"][-1], "positions": "learned"}
+    settings |= {ARGUMENTS[name]: _side(arguments.pop(name)) for name in list(arguments) if name in ARGUMENTS}
+    if arguments.get("fc_norm") is False and settings.get("global_pool") == "avg":
+        # The last norm acts on every token, as in models that read the class token, and the mean is taken of those.
+        settings["global_pool"] = "token"
+    if arguments.get("act_layer") == "quick_gelu":
+        settings["quick_gelu"] = True
+    if arguments.get("pos_embed") == "none":
+        settings["positions"] = "none"
+    harmless = {"num_classes": None, "in_chans": 3, "dynamic_img_size": None, "act_layer": "quick_gelu"}
+    harmless |= {"pos_embed": "none", "fc_norm": False}
+    unknown = [name for name, value in arguments.items() if name not in harmless or harmless[name] not in (None, value)]
+    if unknown:
         raise UserError(
-            f"'{given}' builds timm's model with {', '.join(sorted(arguments))}, for which Altsight's encoder has no "
+            f"'{given}' builds timm's model with {', '.join(sorted(unknown))}, for which Altsight's encoder has no "
             "setting: use a folder without."
         )
-    size = {"img_size": cfg["input_size"][-1], "positions": "learned"}
-    return EncoderConfig(folder["architecture"].partition(".")[0], **(size | known))
+    return EncoderConfig(folder["architecture"].partition(".")[0], **settings)
 
 
 def _side(value: Any) -> Any:

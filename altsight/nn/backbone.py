@@ -100,8 +100,8 @@ def _default_patch(model: str) -> int | None:
 def _arguments(config: EncoderConfig) -> dict[str, Any]:
     """Return timm's keyword arguments for `config`; a plain ResNet takes none of the transformer's."""
     arguments: dict[str, Any] = {"num_classes": 0}
-    family = model_entrypoint(config.model).__module__.removeprefix("timm.models.")
-    if family in TRANSFORMERS:
+    kind = family(config.model)
+    if kind in TRANSFORMERS:
         arguments |= {
             "img_size": config.img_size,
             "patch_size": config.patch_size,
@@ -115,7 +115,7 @@ def _arguments(config: EncoderConfig) -> dict[str, Any]:
         }
     elif has_fixed_size(config.model):
         arguments["img_size"] = config.img_size
-    if family in ("vision_transformer", "deit"):
+    if kind in ("vision_transformer", "deit"):
         arguments |= {
             "reg_tokens": config.registers or None,
             "dynamic_img_size": True,
@@ -123,6 +123,11 @@ def _arguments(config: EncoderConfig) -> dict[str, Any]:
             "act_layer": QuickGELU if config.quick_gelu else None,
         }
     return {name: value for name, value in arguments.items() if value is not None}
+
+
+def family(model: str) -> str:
+    """Return the name of timm's module with `model`, as "vision_transformer"."""
+    return model_entrypoint(model).__module__.removeprefix("timm.models.")
 
 
 def has_fixed_size(model: str) -> bool:

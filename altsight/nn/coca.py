@@ -90,10 +90,10 @@ class UnimodalText(TextEncoder):
         A token sees those before it. The CLS token sees all of them but padding, and no token sees the CLS token.
         """
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
-        x = torch.cat([x, self.cls.to(x.dtype).expand(len(x), 1, -1)], dim=1)
+        x = torch.cat([x, self.cls.to(x.dtype).expand(x.shape[0], 1, -1)], dim=1)
         length = x.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        mask = causal.repeat(len(ids), 1, 1)
+        mask = causal.repeat(ids.shape[0], 1, 1)
         mask[:, -1, :-1] = is_text(ids, self.tokenizer.end)
         for layer in self.layers:
             x = layer(x, mask.unsqueeze(1))

@@ -135,7 +135,7 @@ class _OneQuery(nn.Module):
 
     def forward(self, patches: Tensor, values: Tensor) -> Tensor:
         """Return the weighted means (n, out) of values (n, L, out)."""
-        query = self.query_map(self.query_norm(self.query)).expand(len(patches), 1, -1)
+        query = self.query_map(self.query_norm(self.query)).expand(patches.shape[0], 1, -1)
         q, k, v = (self._split(x) for x in (query, self.key_map(self.key_norm(patches)), values))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
 
@@ -169,4 +169,4 @@ class ContextReader(TextEncoder):
         language, head = self._lent
         states = language(language.token_embedding(ids))
         at = (ids == self.start_of_image).int().argmax(dim=-1)
-        return head(states[torch.arange(len(ids), device=ids.device), at])
+        return head(states[torch.arange(ids.shape[0], device=ids.device), at])

@@ -60,7 +60,7 @@ class AttentionPool(nn.Module):
         if self.query_norm is not None and self.token_norm is not None:
             queries, tokens = self.query_norm(queries), self.token_norm(tokens)
         # The queries are the same for every image, so their map is computed once.
-        flat = (self.query(queries).expand(len(tokens), -1, -1), self.key(tokens), self.value(tokens))
+        flat = (self.query(queries).expand(tokens.shape[0], -1, -1), self.key(tokens), self.value(tokens))
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in flat)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 

@@ -146,7 +146,7 @@ class TextTower(TextEncoder):
         for block in self.blocks:
             x = block(x, is_causal=self.config.causal)
         # The final norm acts on each token alone, so only the one that is read has to pass through it.
-        return self.text_projection(self.ln_final(x[torch.arange(len(x), device=x.device), place]))
+        return self.text_projection(self.ln_final(x[torch.arange(x.shape[0], device=x.device), place]))
 
     def filled(self, ids: Tensor) -> Tensor:
         """Return texts (B, T) with end tokens for padding, where the tower was trained so."""
@@ -160,7 +160,7 @@ class TextTower(TextEncoder):
         if self.config.pool == "end":
             # The *first* end token, found by id, so that a padding id equal to the end id is harmless.
             return (ids == self.tokenizer.end).int().argmax(dim=-1)
-        return ids.new_full((len(ids),), 0 if self.config.pool == "first" else ids.shape[1] - 1)
+        return ids.new_full((ids.shape[0],), 0 if self.config.pool == "first" else ids.shape[1] - 1)
 
 
 def _activation(config: TextConfig) -> type[nn.Module]:
