@@ -41,7 +41,8 @@ class DenseCLIP:
     classes: str = ""
     """File of class names, one a line, in the order of the labels; empty: classes.txt in the folder."""
     prompting: Prompting = "post"
-    """post: the image moves the classes' vectors; pre: it writes the prompts, one pass of the text tower an image."""
+    """post: the image moves the classes' vectors; pre: it writes the prompts, one pass of the text tower an image;
+    none: the vectors are the same for all images."""
     contexts: int = 8
     """Learned vectors before every class name."""
     room: int = 5

@@ -116,8 +116,8 @@ class ScoreMaps(nn.Module):
 def dense_features(encoder: Encoder, encoded: Encoded, feature_point: str) -> Tensor:
     """Return what a dual encoder projects, of every place (B, L, D) instead of the whole image.
 
-    Patch tokens where the feature is the CLS token or the mean of the patches; in CLIP's ResNets the attention pool is
-    asked by every place instead of the mean only.
+    Patch tokens where the feature is the CLS token or the mean of the patches; in CLIP's ResNets ("pooled") the
+    attention pool is asked by every place instead of the mean only.
     """
     if feature_point == "pooled":
         # A shallow copy, which shares the weights and hands out all places.
@@ -130,9 +130,7 @@ def dense_features(encoder: Encoder, encoded: Encoded, feature_point: str) -> Te
 
 def check_dense(view: View) -> None:
     """Raise UserError if `view` cannot map single places of an image to the joint space."""
-    pooled = view.feature_point == "pooled"
-    attends = isinstance(getattr(view.encoder.backbone, "head", None), AttentionPool2d)
-    if not _name_of_projection(view) or (pooled and not attends):
+    if not _name_of_projection(view):
         raise UserError(
             f"'{view.name}' maps whole images to the joint space and no single places: use weights that project a "
             "token, such as CLIP's."
@@ -140,12 +138,17 @@ def check_dense(view: View) -> None:
 
 
 def projection_of(view: View, tower: ImageTower) -> nn.Module:
-    """Return the copy in `tower` of the map `view.project`."""
+    """Return the copy in `tower` of the map from places to the joint space."""
     return tower.owner.get_submodule(_name_of_projection(view))
 
 
 def _name_of_projection(view: View) -> str:
-    """Return the name of `view.project` in the module that embeds images; empty where it has none."""
+    """Return the name of that map in the module that embeds images; empty where it has none."""
     owner: nn.Module = view.embed_image.__self__  # type: ignore[union-attr]
+    if view.feature_point == "pooled":
+        # A view says nothing of tokens then, but what an attention pool returns for a place is projected alike.
+        attends = isinstance(getattr(view.encoder.backbone, "head", None), AttentionPool2d)
+        found = isinstance(getattr(owner, "image_projection", None), nn.Module)
+        return "image_projection" if attends and found else ""
     names = [name for name, module in owner.named_modules() if module is view.project]
     return names[0] if names else ""

@@ -8,21 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import AttentionPool2d
+from timm.layers import resample_abs_pos_embed
 
 from altsight.core.errors import UserError
 from altsight.core.rng import key
 from altsight.core.types import Batch
 from altsight.data.scenes import Scenes, write_ade20k
 from altsight.evals.base import Preprocess, View
+from altsight.evals.load import view_of
+from altsight.methods.base import Corpus
+from altsight.methods.clip import CLIP
 from altsight.nn.encoder import Encoder, EncoderConfig
+from altsight.nn.text import TextTower
 from altsight.train.checkpoint import load_latest
 from altsight.train.optim import parameter_groups
 from altsight.transfer.base import FitConfig
 from altsight.transfer.denseclip import OPTIM, DenseCLIP
 from altsight.transfer.scoremaps import ScoreMaps, dense_features
 from altsight.transfer.segmenter import Segmenter
-from tests.toy import toy_clip
+from tests.toy import CONFIG, toy_clip
 
 NAMES = ("red circle", "blue square", "green cross")
 
@@ -167,27 +171,45 @@ def test_training_moves_gamma_and_contexts_and_never_the_text_tower(tmp_path: Pa
     assert transfer(toy_clip(), tmp_path / "out") == found
 
 
+def clips_resnet() -> View:
+    """Return a view as that of OpenAI's RN50, with the toy's text tower."""
+    toy = toy_clip()
+    assert isinstance(toy.text, TextTower)
+    clip = CLIP(CONFIG, Encoder(EncoderConfig("resnet50_clip", img_size=64)), Corpus(toy.text.tokenizer))
+    clip.init_weights(key(0, 0, "init"))
+    clip.feature_point = "pooled"  # type: ignore[misc]
+    return replace(view_of(clip.eval(), "RN50"), project=None)
+
+
 def test_clips_resnet_asks_its_attention_pool_from_every_place() -> None:
-    class Backbone(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = AttentionPool2d(32, feat_size=4, num_heads=4)
+    view = clips_resnet()
+    assert view.embed_image is not None
+    pool = view.encoder.backbone.head
+    with torch.no_grad():
+        encoded = view.encoder(view.encoder.normalize(torch.rand(2, 3, 64, 64)))
+        found = dense_features(view.encoder, encoded, "pooled")
+        maps = encoded.layers[-1]
+        tokens = maps.flatten(2).mT
+        positions = resample_abs_pos_embed(pool.pos_embed[None], [2, 2], list(pool.feat_size), 1)
+        x = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + positions
+        q, k, v = (
+            part.unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for part in (pool.q(x), pool.k(x), pool.v(x))
+        )
+        want = ((q @ k.mT / pool.head_dim**0.5).softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(found, want[:, 1:], rtol=1e-4, atol=1e-5)
+        # The place that the pool asks from otherwise is the mean.
+        torch.testing.assert_close(view.encoder.point(encoded, "pooled"), want[:, 0], rtol=1e-4, atol=1e-5)
 
-    class Stub:
-        backbone = Backbone()
 
-    torch.manual_seed(0)
-    maps = torch.randn(2, 32, 4, 4)
-    encoded = type("E", (), {"layers": (maps,)})()
-    found = dense_features(Stub(), encoded, "pooled")  # type: ignore[arg-type]
-    pool = Stub.backbone.head
-    assert pool.pool_type == "token" and found.shape == (2, 16, 32)
-    tokens = maps.flatten(2).mT
-    x = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + pool.pos_embed
-    q, k, v = pool.qkv(x).reshape(2, 17, 3, 4, 8).permute(2, 0, 3, 1, 4)
-    want = (q @ k.mT / 8**0.5).softmax(dim=-1) @ v
-    torch.testing.assert_close(found, want.transpose(1, 2).flatten(2)[:, 1:], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(pool(maps, pre_logits=True), want.transpose(1, 2).flatten(2)[:, 0])
+def test_scores_of_clips_resnet_join_its_last_stage() -> None:
+    method = settings(size=64).build(clips_resnet(), NAMES)
+    decoder = method.decoder
+    assert isinstance(decoder, ScoreMaps)
+    widths = [lateral.in_channels for lateral in decoder.fpn.laterals]  # type: ignore[union-attr]
+    assert widths == [256, 512, 1024, 2048 + len(NAMES)]
+    with torch.no_grad():
+        logits = method.eval().logits(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8))
+    assert logits.shape == (1, 3, 64, 64) and logits.isfinite().all()
 
 
 def no_text(view: View) -> View:
