@@ -15,6 +15,7 @@ from altsight.evals import corrupted, fewshot
 from altsight.train.loop import pretrain
 from tests.contract.tiny import tiny_run
 from tests.test_cli import fails
+from tests.toy import write_toy_run
 
 COLOURS = {"n01": (230, 30, 30), "n02": (30, 200, 40), "n03": (40, 40, 220)}
 TASKS = """
@@ -56,10 +57,8 @@ images = "test/n01"
 
 
 @pytest.fixture(scope="module")
-def clip(sample_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = tmp_path_factory.mktemp("runs") / "clip"
-    pretrain(tiny_run("clip", sample_path, 64), open_prepared(sample_path), out)
-    return str(out)
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_toy_run(tmp_path_factory.mktemp("runs") / "clip"))
 
 
 @pytest.fixture(scope="module")

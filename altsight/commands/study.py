@@ -130,7 +130,7 @@ class Eval:
             raise UserError("give --tasks or --data, not both: what --data says can stand in the file of tasks.")
         if self.data:
             name = Path(self.data.rstrip("/")).name
-            return (TaskConfig(name, test=self.data, label=self.label, captions=("{txt}",), **of_data),)
+            return (TaskConfig(name, test=self.data, label=self.label, **of_data),)
         if alone := next((name for name, value in of_data.items() if value), ""):
             raise UserError(f"--{alone} is about --data: give both, or write it into the file of tasks.")
         return tasks_of(self.tasks)

@@ -127,21 +127,23 @@ def _items(view: View, task: Task) -> tuple[Items, dict[str, Any]]:
     ids = {"image": {str(f.get(task.image_id)): i for i, f in enumerate(fields)}, "caption": dict[str, int]()}
     flat: list[str] = []
     owners: list[int] = []
+    unnamed = 0
     for image, (sample, values) in enumerate(zip(samples, fields, strict=True)):
         names = values.get(task.caption_ids, []) if task.caption_ids else texts[sample]
-        if len(names) != len(texts[sample]):
-            raise UserError(
-                f"'{task.test.source.name(sample)}' has {len(texts[sample])} captions and {len(names)} "
-                f"'{task.caption_ids}': each caption needs an id."
-            )
-        ids["caption"] |= {str(name): len(flat) + i for i, name in enumerate(names)}
+        if len(names) == len(texts[sample]):
+            ids["caption"] |= {str(name): len(flat) + i for i, name in enumerate(names)}
+        else:  # two captions of the image are equal and count once, or it has no ids
+            unnamed += 1
         flat += texts[sample]
         owners += [image] * len(texts[sample])
     captions = [task.caption_prompt.replace("{}", text) for text in flat]
     vectors = {"image": images[rows]}
     if view.is_dual:
         vectors["caption"] = finite(view.encode_text(captions), view)
-    note = left_out(task.test, {"a broken image": extracted.broken, "no caption": len(extracted.kept) - len(rows)})
+    note = join_notes(
+        left_out(task.test, {"a broken image": extracted.broken, "no caption": len(extracted.kept) - len(rows)}),
+        f"the captions of {unnamed} images have not an id each" if unnamed else "",
+    )
     ratings = [[*rating.first, *rating.second, rating.score] for rating in task.ratings]
     shared = {
         "task": task.name,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import spearmanr
 
 from altsight.core.errors import UserError
-from altsight.data.captions import Captions
-from altsight.data.sources import Pairs
+from altsight.data.prepare import read_pairs
 from altsight.evals.base import Rating, Split, Task
 from altsight.evals.bootstrap import hits_of
 from altsight.evals.rated import best_ranks, rated, read_ratings
@@ -129,11 +130,15 @@ def test_ids_that_lead_nowhere_are_counted_or_refused(make_task: MakeTask) -> No
         list(rated(make_view(dual=True), make_task(Rating(image(8), image(9), 5.0))))
 
 
-def test_every_caption_needs_an_id(make_split: MakeSplit) -> None:
-    plain = make_split("test", [Sample(COLOURS["red"], "0", "red")])
-    split = Split("test", Pairs(plain.source.index, Captions(("{txt}", "a {txt}"))))
-    task = Task(
-        "t", split, split, split, ratings=(Rating(image(0), image(0), 1.0),), image_id="kind", caption_ids="ids"
-    )
-    with pytest.raises(UserError, match="has 2 captions and 0 'ids'"):
-        list(rated(make_view(dual=True), task))
+def test_captions_without_an_id_each_are_told(tmp_path: Path) -> None:
+    rows = []
+    for i, (name, ids) in enumerate((("red", [7, 8]), ("blue", [9]), ("green", [10, 11]))):
+        Image.new("RGB", (8, 8), COLOURS[name]).save(tmp_path / f"{i}.png")
+        rows.append({"path": f"{i}.png", "captions": [name, f"a {name} thing"], "sentids": ids})
+    (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    split = Split("test", read_pairs(str(tmp_path / "table.jsonl"), ("{captions[]}",)))
+    ratings = (Rating(caption("8"), ("image", "0.png"), 5.0), Rating(caption("9"), ("image", "1.png"), 5.0))
+    task = Task("t", split, split, split, ratings=ratings, image_id="path", caption_ids="sentids")
+    results = list(rated(make_view(dual=True), task))
+    note = "the captions of 1 images have not an id each; 1 ratings name what is not there"
+    assert results and all(r.note == note for r in results)

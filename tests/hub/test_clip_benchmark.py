@@ -13,46 +13,32 @@ import pytest
 from PIL import Image
 
 from altsight.core.errors import UserError
-from altsight.data.prepared import open_prepared
+from altsight.data.shapes import CLASSES, Shapes
 from altsight.evals.base import View
 from altsight.evals.retrieval import retrieval
 from altsight.evals.zeroshot import zeroshot
 from altsight.hub.clip_benchmark import Benchmarked, load, main
 from altsight.hub.load import load_view
 from altsight.study.tasks import TaskConfig, open_task
-from altsight.train.loop import pretrain
-from tests.contract.tiny import tiny_run
+from tests.toy import write_toy_run
 
 pytest.importorskip("clip_benchmark")
 pytest.importorskip("webdataset")
-CLASSES = ("animal", "food", "building", "vehicle", "flower", "person")
+TEST = Shapes(60, 1002)
+"""Pictures that the toy has not seen."""
 
 
 @pytest.fixture(scope="module")
-def run(sample_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP that has seen 320 images: its numbers are small, but not all alike."""
-    out = tmp_path_factory.mktemp("clip")
-    pretrain(tiny_run("clip", sample_path, 320), open_prepared(sample_path), out)
-    return out
-
-
-def images(source: str) -> list[bytes]:
-    """Return sixty images of the sample data, as PNG."""
-    split = open_task(TaskConfig("clipart", test=source, label="label")).test
-    found = []
-    for i in range(60):
-        buffer = io.BytesIO()
-        Image.open(io.BytesIO(split.source.image(i))).convert("RGB").save(buffer, "PNG")
-        found.append(buffer.getvalue())
-    return found
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_run(tmp_path_factory.mktemp("runs") / "toy")
 
 
 def write(folder: Path, texts: dict[str, list[str]], files: dict[str, str]) -> Path:
     """Write a task in CLIP_benchmark's layout; texts: suffix -> the text of every image."""
     (folder / "test").mkdir(parents=True)
     with tarfile.open(folder / "test" / "0.tar", "w") as tar:
-        for i, image in enumerate(images("samples:clipart/test")):
-            parts = {"png": image} | {suffix: of_images[i].encode() for suffix, of_images in texts.items()}
+        for i in range(len(TEST)):
+            parts = {"png": TEST.image(i)} | {suffix: of_images[i].encode() for suffix, of_images in texts.items()}
             for suffix, data in parts.items():
                 info = tarfile.TarInfo(f"{i:04d}.{suffix}")
                 info.size = len(data)
@@ -71,9 +57,9 @@ def options(root: Path, run: Path, out: Path, task: str) -> list[str]:
 
 
 def test_zero_shot_classification_is_ours(run: Path, tmp_path: Path) -> None:
-    labels = [str(i * 7 % len(CLASSES)) for i in range(60)]
-    templates = "a picture of a {c}.\nsome {c}\n"
-    files = {"classnames.txt": "\n".join(CLASSES), "zeroshot_classification_templates.txt": templates.rstrip()}
+    labels = [str(CLASSES.index(TEST.fields(i)["label"])) for i in range(len(TEST))]
+    files = {"classnames.txt": "\n".join(CLASSES)}
+    files["zeroshot_classification_templates.txt"] = "a picture of a {c}\nthere is a {c} here"
     root = write(tmp_path / "root", {"cls": labels}, files)
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "altsight.hub.clip_benchmark"]
@@ -89,13 +75,14 @@ def test_zero_shot_classification_is_ours(run: Path, tmp_path: Path) -> None:
         templates=str(root / "zeroshot_classification_templates.txt"),
     )
     ours = {r.metric: r.value for r in zeroshot(load_view(str(run), device="cpu"), open_task(config))}
-    assert found["acc1"] == pytest.approx(ours["top1"], abs=1e-6)
+    assert found["acc1"] == pytest.approx(ours["top1"], abs=1e-6) and ours["top1"] > 0.3
     assert found["acc5"] == pytest.approx(ours["top5"], abs=1e-6)
     assert found["mean_per_class_recall"] == pytest.approx(ours["mean_class"], abs=1e-6)
 
 
 def test_retrieval_is_ours(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [f"picture {i} of a {CLASSES[i % 6]}" for i in range(60)]
+    # Every caption is another one: what comes first of equals is left open by CLIP_benchmark.
+    texts = [f"{TEST.all_captions(i)[0]} {i}" for i in range(len(TEST))]
     root = write(tmp_path / "root", {"txt": texts}, {"dataset_type.txt": "retrieval"})
     out = tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", sys.argv)
