@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altsight.core.config import OptimConfig
-from altsight.core.dist import gather, world
+from altsight.core.dist import gather, start, world
 from altsight.core.errors import UserError
 from altsight.core.rng import Key, key, torch_seeded
 from altsight.core.types import Batch, Document, Example, Outputs
+from altsight.data.loader import check_batch
 from altsight.data.sources import Source
 from altsight.data.views import Crop
 from altsight.evals.base import Result, Split, View
 from altsight.evals.features import extract
 from altsight.methods.base import Method
 from altsight.nn.encoder import FeaturePoint
-from altsight.train.run import weights_hash
+from altsight.train.run import pick_device, weights_hash
 from altsight.transfer.base import FitConfig, fit, prepared_for
 from altsight.transfer.classify import open_sets, score
 from altsight.transfer.features import Features
@@ -89,7 +90,10 @@ class LinearProbe:
             raise UserError(
                 f"the encoder computes {BLOCK} images of a batch at a time anyway: leave --fit.micro-batch at 0."
             )
+        # Extraction is shared by the ranks, so they have to know each other before the training.
+        start(pick_device(self.fit.device))
         train, held_out = open_sets(self.data, self.val, self.test, Labels(self.label))
+        check_batch(self.fit.batch, len(train), self.data)
         store = view.store or Path(self.features or out / "features")
         view = replace(view, feature_point=self.feature_point or view.feature_point, store=store, cache={})
         crop = self.crop if self.augment else None

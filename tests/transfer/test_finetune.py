@@ -15,8 +15,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+import altsight
 from altsight.core.config import OptimConfig, read_json
 from altsight.core.errors import UserError
 from altsight.core.rng import key
@@ -97,6 +100,20 @@ def test_it_learns_and_says_what_its_numbers_are(view: View, data: dict[str, Any
     assert (top1.n, top1.chance, top1.extra["seed"], top1.feature_point) == (15, 1 / 3, 0, "mean_prenorm")
     assert len(top1.data) == 12 and len(top1.preprocess) == 12 and hits_of(top1).mean() == top1.value
     assert all(torch.equal(value, before[name]) for name, value in view.encoder.state_dict().items())
+
+
+def test_what_is_written_classifies_elsewhere(view: View, data: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = Finetune(**data, **QUICK, fit=dataclasses.replace(FIT, epochs=6))(view, out)
+    tuned = altsight.load(out / "encoder.safetensors")
+    with safe_open(out / "classifier.safetensors", "pt") as file:
+        names = json.loads(file.metadata()["classes"])
+    state, images = load_file(out / "classifier.safetensors"), sorted(Path(data["test"]).rglob("*.png"))
+    features = tuned.features(images)
+    normed = torch.nn.functional.layer_norm(features, (24,), state["norm.weight"], state["norm.bias"], eps=1e-6)
+    answers = (normed @ state["head.weight"].T + state["head.bias"]).argmax(dim=1)
+    hits = [names[answer] == path.parent.name for answer, path in zip(answers.tolist(), images, strict=True)]
+    assert np.mean(hits) == by_metric(found)["top1"].value
 
 
 def test_logits_of_features_are_those_of_images(view: View) -> None:
@@ -241,6 +258,12 @@ def test_the_averaged_weights_are_scored(view: View, data: dict[str, Any], tmp_p
     slow = Finetune(**data, **QUICK | {"optim": optim}, fit=dataclasses.replace(FIT, epochs=12))
     top1 = by_metric(slow(view, tmp_path / "ema"))["top1"]
     assert top1.value is not None and top1.value < 0.7, "an average that hardly moves has learned nothing"
+
+
+def test_it_learns_in_mixed_precision(view: View, data: dict[str, Any], tmp_path: Path) -> None:
+    fit = dataclasses.replace(FIT, epochs=12, precision="bf16")
+    top1 = by_metric(Finetune(**data, **QUICK, fit=fit)(view, tmp_path / "out"))["top1"]
+    assert top1.value is not None and top1.value > 0.9
 
 
 def test_another_image_size_interpolates_positions(view: View, data: dict[str, Any], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from altsight.core.config import OptimConfig
+from altsight.core.config import OptimConfig, read_json
 from altsight.core.dist import World
 from altsight.core.errors import UserError
 from altsight.core.rng import key
@@ -80,6 +80,17 @@ def test_the_attentive_probe_learns(view: View, data: dict[str, Any], tmp_path: 
     assert top1.value is not None and top1.value > 0.9
     assert top1.feature_point == "attention over patches"
     assert all(torch.equal(value, before[name]) for name, value in view.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("kind", [LinearProbe, AttentiveProbe])
+def test_probes_train_in_mixed_precision(
+    kind: Any, augment: bool, view: View, data: dict[str, Any], tmp_path: Path
+) -> None:
+    fit = dataclasses.replace(FIT, epochs=1, precision="bf16")
+    found = by_metric(kind(**data, augment=augment, fit=fit)(view, tmp_path / "out"))
+    assert found["top1"].n == 15
+    assert read_json(tmp_path / "out" / "summary.json")["precision"] == "bf16"
 
 
 def features_of(count: int) -> Batch:
@@ -187,5 +198,6 @@ def test_wrong_use_is_said_in_one_line(view: View, data: dict[str, Any], tmp_pat
         AttentiveProbe(data["data"], str(tmp_path / "nowhere"), fit=FIT)(view, out)
     with pytest.raises(UserError, match="larger than the data set"):
         LinearProbe(**data, optim=OptimConfig())(view, out)
+    assert not out.exists()
     with pytest.raises(UserError, match="a batch of 1 has no others"):
         LinearProbe(**data, fit=dataclasses.replace(FIT, batch=1))(view, out)
