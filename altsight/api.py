@@ -17,6 +17,8 @@ from altsight.evals import evaluate as evaluate
 from altsight.evals.base import Result, Task
 from altsight.evals.base import View as View
 from altsight.evals.load import load_view as load_run
+from altsight.hub.export import Exported
+from altsight.hub.export import export as export_weights
 from altsight.hub.load import load_view
 from altsight.recipes import recipe as recipe
 from altsight.recipes import sample_tasks as sample_tasks
@@ -89,6 +91,20 @@ def load(path: str | Path, img_size: int = 0) -> View:
         UserError: there are no weights, none that are known, or the run has no checkpoint yet.
     """
     return load_view(str(path), img_size=img_size)
+
+
+def export(source: str | Path, to: str, out: str | Path, img_size: int = 0) -> Exported:
+    """Write a run or anyone's weights to the folder `out` for another library, and have it compute the same.
+
+    Args:
+        source: as `load` takes it.
+        to: timm, openclip or huggingface (both for dual encoders), onnx, or safetensors.
+        img_size: side of the images in pixels; 0: that of the weights.
+
+    Raises:
+        UserError: the format cannot represent the model, or the library computes something else; nothing is written.
+    """
+    return export_weights(str(source), to, Path(out), img_size)
 
 
 def transfer(name: str, view: View, out: str | Path, **settings: Any) -> list[Result]:

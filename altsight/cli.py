@@ -20,6 +20,8 @@ COMMANDS = {
     "codebook": ("data:codebook", "make the visual words that beit and splitmask predict, from a corpus"),
     "pretrain": ("pretrain:pretrain", "train one method on prepared data"),
     "eval": ("study:evaluate_runs", "evaluate trained runs, or anyone's weights"),
+    "load": ("hub:load", "say what weights are recognised as: anyone's, or a run's"),
+    "export": ("hub:export", "write weights for timm, OpenCLIP, Hugging Face or ONNX, checked by the library"),
     "transfer": ("transfer:transfer", "put weights to use: fine-tuning, segmentation, detection, captions, video, ..."),
     "study": ("study:study", "compare methods like for like, as a plan says"),
     "recipes": (

@@ -11,7 +11,7 @@ from altsight.core.errors import UserError
 from altsight.evals.base import View
 from altsight.evals.load import load_view as load_run_view
 from altsight.hub.huggingface_dual import fetched
-from altsight.hub.model import Model
+from altsight.hub.model import Found, Model
 from altsight.hub.source import parse
 from altsight.nn.resample import resized
 from altsight.train.run import pick_device
@@ -32,10 +32,17 @@ def load_view(source: str, device: str = "auto", img_size: int = 0) -> View:
     Raises:
         UserError: there are no weights, none that are known, or they cannot take that size.
     """
+    return describe(source, img_size, device)[0]
+
+
+def describe(source: str, img_size: int = 0, device: str = "auto") -> tuple[View, Found]:
+    """Return the View of the weights at `source`, and how they were understood; see `load_view`."""
     if is_run(source):
         view = load_run_view(Path(source), device=device)
-        return with_view(view, resized(view.encoder, img_size=img_size)) if img_size else view
-    return load_model(source, img_size).to(pick_device(device)).view(source)
+        sized = with_view(view, resized(view.encoder, img_size=img_size)) if img_size else view
+        return sized, Found(f"a run of Altsight, {view.name}")
+    model = load_model(source, img_size)
+    return model.to(pick_device(device)).view(source), model.found
 
 
 def load_model(source: str, img_size: int = 0) -> Model:

@@ -75,7 +75,8 @@ def write(view: View, folder: Path) -> None:
     names = ("features",) if view.embed_image is None else ("features", "embeddings")
     _export(ImageSide(view), images, folder / "image.onnx", "images", names)
     if view.text is not None:
-        _export(TextSide(view.text), view.text.encode(TEXTS[:2]).to(view.device), folder / "text.onnx", "ids", ("embeddings",))
+        ids = view.text.encode(TEXTS[:2]).to(view.device)
+        _export(TextSide(view.text), ids, folder / "text.onnx", "ids", ("embeddings",))
         view.text.tokenizer.save(folder / "tokenizer.json")
 
 

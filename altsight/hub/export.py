@@ -1,0 +1,100 @@
+"""Weights out: a folder in the format of another library, checked by that library before it appears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from altsight.core.errors import UserError, did_you_mean
+from altsight.data.folder import appears_whole
+from altsight.evals.base import View
+from altsight.hub.card import card, of_run, of_weights
+from altsight.hub.dual import as_model
+from altsight.hub.load import describe, is_run
+from altsight.hub.parity import TEXTS, check, largest, pictures
+
+FORMATS = {
+    "timm": ("timm_write", "timm"),
+    "openclip": ("openclip_write", "open_clip"),
+    "huggingface": ("huggingface_write", "transformers"),
+    "onnx": ("onnx", "onnxruntime"),
+    "safetensors": ("own", "safetensors"),
+}
+"""Name of a format -> the module of this package that writes it, and the library that loads it."""
+DUAL = ("openclip", "huggingface")
+"""Formats of dual encoders, whose modules write a `Model` and load it back as a `Foreign`."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export says of itself: the library that loads it, the largest differences found, code that uses it."""
+
+    folder: Path
+    library: str
+    differences: dict[str, float]
+    usage: str
+
+
+def export(source: str, to: str, out: Path, img_size: int = 0, results: Path | None = None) -> Exported:
+    """Write the weights at `source` to the folder `out` for another library, which is made to load and use them.
+
+    Args:
+        source: as `altsight.load` takes it.
+        to: a name in `FORMATS`.
+        img_size: side of the images in pixels; 0: that of the weights.
+        results: a file that `altsight eval --out` wrote, for the model card.
+
+    Raises:
+        UserError: the format cannot represent the model, or the library computes something else; `out` is then left as
+            it was. Or `out` holds something already.
+    """
+    if to not in FORMATS:
+        raise UserError(f"there is no format '{to}'.{did_you_mean(to, FORMATS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"'{out}' is not empty: give --out a folder that does not exist yet.")
+    # On the CPU, where all libraries can be compared.
+    view, found = describe(source, img_size, device="cpu")
+    origin = of_run(Path(source), results) if is_run(source) else of_weights(found, source, results)
+    module, library = FORMATS[to]
+    writer: Any = import_module(f"altsight.hub.{module}")
+    with appears_whole(out) as folder:
+        differences = (_dual if to in DUAL else _single)(writer, view, folder)
+        check(differences, library)
+        usage = writer.usage(view, str(out)) if hasattr(writer, "usage") else writer.USAGE.format(folder=out)
+        (folder / "README.md").write_text(card(view, origin, library, usage, differences), encoding="utf-8")
+    return Exported(out, library, differences, usage)
+
+
+def _single(writer: Any, view: View, folder: Path) -> dict[str, float]:
+    writer.write(view, folder)
+    found: dict[str, float] = writer.compare(view, folder)
+    return found
+
+
+@torch.inference_mode()
+def _dual(writer: Any, view: View, folder: Path) -> dict[str, float]:
+    """Write a dual encoder and compare unit vectors of images and texts, each library with its own tokenizer."""
+    model = as_model(view)
+    writer.write(model, folder)
+    other = writer.load_back(folder)
+    images = view.encoder.normalize(pictures(view))
+    assert view.embed_image is not None, "as_model has made sure"
+    ours, theirs = _unit(view.embed_image(view.encoder(images))), _unit(other.image(images))
+    words, their_words = view.encode_text(TEXTS), _unit(other.text(TEXTS))
+    return {
+        "image vectors": largest(ours, theirs),
+        "text vectors": largest(words, their_words),
+        "cosines": largest(ours @ words.T, theirs @ their_words.T),
+        "logit scale (relative)": abs(other.scale / view.logit_scale - 1),
+        "logit bias": abs(other.bias - view.logit_bias),
+    }
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors.float(), dim=-1)
