@@ -18,6 +18,7 @@ from altsight.core.dist import gather_objects, world
 from altsight.core.errors import UserError
 from altsight.core.rng import key, torch_seeded
 from altsight.data.coco import CocoImages, mask_api, open_coco
+from altsight.data.decode import BrokenImage, open_picture
 from altsight.evals.base import Result, View
 from altsight.evals.bootstrap import LEVEL
 from altsight.evals.features import content_hash
@@ -93,7 +94,7 @@ class Detect:
             raise UserError(f"'{train.annotations}' has no object to learn from.")
 
     def _fit(self, view: View, train: CocoImages, out: Path) -> Detector:
-        encoder = resized(view.encoder, img_size=self.size, drop_path=self.drop_path)
+        encoder = resized(view.encoder, img_size=self.size, drop_path=0.0 if self.frozen else self.drop_path)
 
         def make() -> Detector:
             with torch_seeded(key(self.fit.seed, 0, "init")):
@@ -114,7 +115,7 @@ def predict(method: Detector, images: CocoImages) -> list[dict[str, Any]]:
     """Return what is found in every image, in COCO's format of results; the images are shared out among the ranks.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: an image cannot be read, or has another size than its annotations.
     """
     mine = range(world().rank, len(images), world().size)
     found: list[dict[str, Any]] = []
@@ -123,11 +124,26 @@ def predict(method: Detector, images: CocoImages) -> list[dict[str, Any]]:
         task = bar.add_task("detecting", total=len(mine), note="")
         for start in range(0, len(mine), CHUNK):
             part = mine[start : start + CHUNK]
-            for i, detections in zip(part, method.detect([images.image(i) for i in part]), strict=True):
+            for i, detections in zip(part, method.detect([_read(images, i) for i in part]), strict=True):
                 found += as_results(detections, images.pictures[i].id, images.category_ids)
             bar.advance(task, len(part))
     whole = [row for rows in gather_objects(found) for row in rows]
     return sorted(whole, key=lambda row: int(row["image_id"]))
+
+
+def _read(images: CocoImages, i: int) -> bytes:
+    noted, name = images.pictures[i], images.name(i)
+    try:
+        data = images.image(i)
+        picture = open_picture(data)
+    except BrokenImage as error:
+        raise UserError(f"the test image '{name}' cannot be read ({error}): mend it, or take it out.") from None
+    if (picture.height, picture.width) != (noted.height, noted.width):
+        raise UserError(
+            f"the test image '{name}' has {picture.height} x {picture.width} pixels, and is annotated as "
+            f"{noted.height} x {noted.width}: mend the annotations."
+        )
+    return data
 
 
 def as_results(detections: Detections, image: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:

@@ -35,8 +35,8 @@ RATIOS = (0.5, 1.0, 2.0)
 """Height : width of the anchors."""
 ANCHOR = 8
 """Side of an anchor in strides of its level: 32 pixels at stride 4."""
-BOX, MASK = 7, 14
-"""Side of what is pooled of a box for its class and for its mask."""
+BOX = 7
+"""Side of what is pooled of a region for its class."""
 LOSSES = {
     "loss_objectness": "objectness",
     "loss_rpn_box_reg": "proposals",

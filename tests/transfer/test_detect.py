@@ -32,7 +32,7 @@ from altsight.nn.pyramid import SimplePyramid, make_pyramid
 from altsight.nn.resample import resized
 from altsight.train.accumulate import Accumulator
 from altsight.transfer.base import FitConfig
-from altsight.transfer.detect import METRICS, as_results, average_precision, evaluate, resampled
+from altsight.transfer.detect import METRICS, as_results, average_precision, evaluate, predict, resampled
 from altsight.transfer.detector import Detector, DetectorConfig
 from altsight.transfer.jitter import DetectPrepare, boxes_of, fitted, padded, unpacked
 
@@ -245,6 +245,12 @@ def test_the_transfer(coco: Path, tmp_path: Path, model: str) -> None:
     assert [r.value for r in again] == [r.value for r in found]
 
 
+def small_png() -> bytes:
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (12, 10)).save(file, "PNG")
+    return file.getvalue()
+
+
 def test_wrong_use_is_told_in_a_line(coco: Path, tmp_path: Path) -> None:
     def run(data: Path = coco, **settings: Any) -> None:
         fields = {"size": SIZE, "detector": SMALL, "fit": HOW} | settings
@@ -263,6 +269,14 @@ def test_wrong_use_is_told_in_a_line(coco: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"objects without a mask: set --detector.no-masks"):
         run(folder)
+    first = folder / "val2017" / "000000000000.jpg"
+    for damage, words in (
+        (b"no image", "cannot be read"),
+        (small_png(), "10 x 12 pixels, and is annotated as 64 x 64"),
+    ):
+        first.write_bytes(damage)
+        with pytest.raises(UserError, match=words):
+            predict(detector(), open_coco(folder, "val2017"))
     content["categories"][0]["name"] = "durian"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="list different categories"):
