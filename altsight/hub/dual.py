@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from altsight.core.errors import UserError
@@ -16,6 +17,7 @@ from altsight.evals.base import View
 from altsight.hub.model import Found, Model
 from altsight.hub.parity import TEXTS, largest, pictures
 from altsight.methods.base import Method
+from altsight.methods.composite import Composite
 from altsight.methods.lit import LiT
 from altsight.methods.siglip import SigLIP
 from altsight.nn.encoder import Encoder, FeaturePoint
@@ -64,13 +66,18 @@ def as_model(view: View) -> Model:
     if view.embed_image is None or view.text is None:
         raise UserError(f"'{view.name}' has no text tower, so it is no dual encoder: export it for timm.")
     owner = view.embed_image.__self__  # type: ignore[attr-defined]
-    if isinstance(owner, Model):
-        return owner
+    if isinstance(owner, Composite) and owner.dual is not None:
+        owner = owner.parts[owner.dual]
     found = Found(f"a run of {type(owner).__name__} of Altsight")
     parts: dict[str, Any] = {"text": view.text, "logit_scale": view.logit_scale, "logit_bias": view.logit_bias}
+    if isinstance(owner, Model):
+        # Of the view, whose encoder may have been tuned or resized since.
+        parts |= {"joint_point": owner.joint_point, "image_pool": owner.image_pool}
+        parts |= {"image_projection": owner.image_projection}
+        return Model(owner.found, view.encoder, view.preprocess, owner.feature_point, **parts)
     if isinstance(owner, SigLIP):
         return Model(found, _with_pool(view.encoder, owner.pool), view.preprocess, "pooled", **parts)
-    point: FeaturePoint = owner.config.image_feature if isinstance(owner, LiT) else view.feature_point
+    point: FeaturePoint = owner.config.image_feature if isinstance(owner, LiT) else owner.feature_point
     if not isinstance(owner, LiT) and getattr(type(owner), "embed_image", None) is not Method.embed_image:
         raise UserError(
             f"images of '{view.name}' ({type(owner).__name__}) are read in a way that only Altsight has: export it to "
@@ -113,8 +120,12 @@ def _of(name: str, module: Any) -> dict[str, Tensor]:
 
 
 def is_plain(encoder: Encoder) -> bool:
-    """Return whether `encoder` is timm's plain vision transformer, with nothing that only Altsight adds."""
-    return type(encoder.backbone) is VisionTransformer and encoder.relative is None
+    """Return whether `encoder` is timm's plain vision transformer of plain blocks, with nothing that Altsight adds."""
+    if type(encoder.backbone) is not VisionTransformer or encoder.relative is not None:
+        return False
+    block: Any = encoder.backbone.blocks[0]
+    extras = (block.attn.q_norm, block.attn.norm, block.mlp.norm) if type(block.mlp) is Mlp else (block.mlp,)
+    return type(block) is Block and all(isinstance(extra, nn.Identity) for extra in extras)
 
 
 def need_tower(model: Model, library: str) -> TextTower:

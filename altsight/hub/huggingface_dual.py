@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 
 from altsight.core.errors import UserError
 from altsight.data.clean import Clean
-from altsight.data.views import normalization_of
+from altsight.data.views import normalization_of, statistics
 from altsight.evals.base import Preprocess
 from altsight.hub.hf_tokenizer import hf_tokenizer
 from altsight.hub.model import Found, Model
-from altsight.hub.names import Names, adopt, block_names, linear, need_all
+from altsight.hub.names import Names, adopt, block_names, linear, need_all, ratio_of
 from altsight.hub.source import Source, parse
 from altsight.nn.encoder import Encoder, EncoderConfig
 from altsight.nn.text import TextConfig, TextTower
@@ -36,6 +35,8 @@ BLOCK = {
 """Parts of a transformer block: own name -> transformers' name, once `joined` has made one map of q, k and v."""
 TRUNKS = {"gelu": "vit_base_patch16_siglip_224", "gelu_pytorch_tanh": "vit_base_patch32_siglip_256"}
 """hidden_act -> a model of timm with SigLIP's parts and that activation; every size is set."""
+FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model.bin")
+"""What is fetched from the hub."""
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 
 
@@ -57,7 +58,7 @@ def read(source: Source) -> Model:
     config, folder = source.json("config.json"), str(source.path)
     kind = config["model_type"]
     vision, language = (settings_of(kind, config, part) for part in ("vision", "text"))
-    preprocess = preprocess_in(source, vision["image_size"])
+    preprocess = preprocess_in(source, vision["image_size"], "clip" if kind == "clip" else "half")
     embed_dim: int = config.get("projection_dim", 512) if kind == "clip" else language["projection_size"]
     text = text_tower(kind, language, embed_dim, folder)
     model = Model(
@@ -93,7 +94,7 @@ def fetched(source: Source) -> Source:
     try:
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(source.model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+        folder = snapshot_download(source.model, allow_patterns=list(FILES))
     except Exception as error:  # what a hub without a network raises is of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -177,12 +178,10 @@ def settings_of(kind: str, config: Mapping[str, Any], part: str) -> dict[str, An
     """Return the settings of a tower, those that config.json leaves out at the library's defaults.
 
     Raises:
-        UserError: the library is missing, or one of the settings has no counterpart here.
+        UserError: one of the settings has no counterpart here.
     """
-    try:
-        from transformers import CLIPTextConfig, CLIPVisionConfig, SiglipTextConfig, SiglipVisionConfig
-    except ImportError:
-        raise UserError("models of transformers need that library: `pip install transformers`.") from None
+    from transformers import CLIPTextConfig, CLIPVisionConfig, SiglipTextConfig, SiglipVisionConfig
+
     kinds = {"cliptext": CLIPTextConfig, "clipvision": CLIPVisionConfig}
     kinds |= {"sigliptext": SiglipTextConfig, "siglipvision": SiglipVisionConfig}
     settings: dict[str, Any] = kinds[kind + part](**(config.get(f"{part}_config") or {})).to_dict()
@@ -207,7 +206,7 @@ def _encoder(kind: str, settings: Mapping[str, Any], normalization: str) -> Enco
             width=settings["hidden_size"],
             depth=settings["num_hidden_layers"],
             heads=settings["num_attention_heads"],
-            mlp_ratio=_ratio(settings),
+            mlp_ratio=ratio_of(settings["intermediate_size"], settings["hidden_size"]),
             positions="learned",
             pre_norm=kind == "clip",
             quick_gelu=activation == "quick_gelu",
@@ -240,7 +239,7 @@ def text_tower(kind: str, settings: Mapping[str, Any], embed_dim: int, folder: s
         context=settings["max_position_embeddings"],
         quick_gelu=settings["hidden_act"] == "quick_gelu",
         tanh_gelu=settings["hidden_act"] == "gelu_pytorch_tanh",
-        mlp_ratio=_ratio(settings),
+        mlp_ratio=ratio_of(settings["intermediate_size"], settings["hidden_size"]),
         norm_eps=settings["layer_norm_eps"],
         causal=clip,
         pool="end" if clip else "last",
@@ -255,20 +254,21 @@ def _cleans(folder: Path) -> bool:
     return file.is_file() and '"SiglipTokenizer"' in file.read_text(encoding="utf-8")
 
 
-def _ratio(settings: Mapping[str, Any]) -> float:
-    inner, width = settings["intermediate_size"], settings["hidden_size"]
-    return inner / width if inner % width == 0 else (inner + 0.5) / width
+def preprocess_in(source: Source, size: int = 0, default: str = "half") -> Preprocess:
+    """Return the preprocessing of a folder of transformers.
 
-
-def preprocess_in(source: Source, size: int) -> Preprocess:
-    """Return the preprocessing of a folder of transformers, at the size of the model."""
-    settings = source.json("preprocessor_config.json") or source.json("processor_config.json").get(
-        "image_processor", {}
+    Args:
+        size: of the model; 0: the folder's.
+        default: the normalization where the folder names none.
+    """
+    settings = source.json("preprocessor_config.json")
+    settings = settings or source.json("processor_config.json").get("image_processor", {})
+    mean, std = (
+        settings.get(name, part) for name, part in zip(("image_mean", "image_std"), statistics(default), strict=True)
     )
-    mean, std = (settings.get(name, [0.5] * 3) for name in ("image_mean", "image_std"))
-    resized = settings.get("size", {"shortest_edge": size})
-    shorter = resized if isinstance(resized, int) else resized.get("shortest_edge") or resized.get("height", size)
-    squash = isinstance(resized, dict) and "height" in resized
-    bilinear = settings.get("resample", 3) == 2
-    ratio = 1.0 if math.isclose(shorter, size) else size / shorter
-    return Preprocess(size, normalization_of(mean, std), ratio, "bilinear" if bilinear else "bicubic", squash)
+    resized, cut = settings.get("size", size or 224), settings.get("crop_size", {})
+    resized = resized if isinstance(resized, dict) else {"shortest_edge": resized}
+    side = int(resized.get("shortest_edge") or resized.get("height", size))
+    size = size or int(cut.get("height", side) if isinstance(cut, dict) else cut)
+    interpolation = "bilinear" if settings.get("resample", 3) == 2 else "bicubic"
+    return Preprocess(size, normalization_of(mean, std), size / side, interpolation, "height" in resized)

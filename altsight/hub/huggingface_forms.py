@@ -41,16 +41,18 @@ def text_kind(text: TextTower) -> str:
 
 
 def form_of(model: Model, text: TextTower) -> str:
-    """Return the form of transformers that fits: "clip", "siglip", or "any" for its pair of any two models."""
+    """Return the form of transformers that fits: "clip", "siglip", or "pair" for its pair of any two models."""
     encoder, backbone = model.encoder, model.encoder.backbone
-    if not is_plain(encoder) or encoder.config.layer_scale is not None or encoder.prefix > 1:
-        return "any"
-    normed = isinstance(backbone.norm_pre, nn.LayerNorm)
+    normed = is_plain(encoder) and isinstance(backbone.norm, nn.LayerNorm)
+    if not normed or encoder.config.layer_scale is not None or encoder.prefix > 1:
+        return "pair"
+    normed_first = isinstance(backbone.norm_pre, nn.LayerNorm)
     if text_kind(text) == "clip":
-        fits = normed and encoder.prefix == 1 and model.joint_point == "cls" and not model.logit_bias
-        return "clip" if fits else "any"
+        fits = normed_first and encoder.prefix == 1 and model.joint_point == "cls" and not model.logit_bias
+        return "clip" if fits else "pair"
     attentive = isinstance(backbone.attn_pool, AttentionPoolLatent) and model.joint_point == "pooled"
-    return "siglip" if attentive and not normed and encoder.prefix == 0 and model.image_projection is None else "any"
+    fits = attentive and not normed_first and encoder.prefix == 0 and model.image_projection is None
+    return "siglip" if fits else "pair"
 
 
 def clip(model: Model, text: TextTower) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from altsight.core.errors import UserError
+from altsight.evals.base import Preprocess
 from altsight.hub.dual import image_map
 from altsight.hub.fill import check_served
 from altsight.hub.huggingface_dual import joined, preprocess_in, scales, settings_of, text_names, text_tower
@@ -63,7 +65,11 @@ def pair(model: Model, text: TextTower) -> Any:
     vision.hidden_size = model.encoder.width
     language = (CLIPTextConfig if kind == "clip" else SiglipTextConfig)(**text_settings(text))
     theirs = Pair(PairConfig.from_vision_text_configs(vision, language, projection_dim=width))
-    weights = {f"{BACKBONE}.{name}": value.cpu() for name, value in model.encoder.backbone.state_dict().items()}
+    state = model.encoder.backbone.state_dict()
+    if model.joint_point in POOLS:
+        # A pooling by attention that is not read is not built.
+        state = {name: value for name, value in state.items() if not name.startswith("attn_pool.")}
+    weights = {f"{BACKBONE}.{name}": value.cpu() for name, value in state.items()}
     weights["visual_projection.weight"] = image_map(model)
     if kind == "clip":
         return filled(theirs, weights | split_out(model, text_names(text, "clip")))
@@ -89,8 +95,8 @@ def read(source: Source) -> Model:
     if kind not in ("clip", "siglip"):
         raise UserError(f"the text tower of '{source.given}' is '{kind}', and Altsight reads CLIP's and SigLIP's only.")
     vision, language = config["vision_config"], settings_of(kind, config, "text")
-    preprocess = preprocess_in(source, (vision.get("model_args") or {}).get("img_size", 224))
-    encoder, point = _encoder(vision, preprocess.normalization)
+    preprocess = preprocess_in(source, (vision.get("model_args") or {}).get("img_size", 0))
+    encoder, point = _encoder(vision, preprocess)
     text = text_tower(kind, language, config["projection_dim"], str(source.path))
     model = Model(
         Found("a pair of timm's backbone and a text tower, of Hugging Face's transformers"),
@@ -104,12 +110,15 @@ def read(source: Source) -> Model:
     names: Names = {f"encoder.backbone.{name}": f"{BACKBONE}.{name}" for name in encoder.backbone.state_dict()}
     names |= text_names(text, kind) | {"image_projection.weight": "visual_projection.weight"}
     left, missing = adopt(model, weights, names)
-    need_all(missing, names, source.given)
+    # A pooling that is not read is not in the file; it stays as it begins.
+    unread = tuple(name for name in missing if ".attn_pool." in name and point in POOLS)
+    need_all([name for name in missing if name not in unread], names, source.given)
     scales(model, weights, left)
+    model.found = replace(model.found, missing=unread)
     return model
 
 
-def _encoder(settings: Mapping[str, Any], normalization: str) -> tuple[Encoder, FeaturePoint]:
+def _encoder(settings: Mapping[str, Any], preprocess: Preprocess) -> tuple[Encoder, FeaturePoint]:
     """Return the encoder of transformers' settings of a timm model, without weights, and where it is read."""
     arguments = dict(settings.get("model_args") or {})
     found: FeaturePoint = "pooled"
@@ -117,7 +126,8 @@ def _encoder(settings: Mapping[str, Any], normalization: str) -> tuple[Encoder, 
         if pool.items() <= arguments.items():
             arguments = {name: value for name, value in arguments.items() if name not in pool}
             found = point
-    changes: dict[str, Any] = {"quick_gelu": arguments.pop("act_layer", None) == "quick_gelu"}
+    changes: dict[str, Any] = {"img_size": preprocess.size, "normalization": preprocess.normalization}
+    changes["quick_gelu"] = arguments.pop("act_layer", None) == "quick_gelu"
     changes["positions"] = "none" if arguments.pop("pos_embed", None) == "none" else "learned"
     unknown = arguments.keys() - ARGUMENTS.keys()
     if unknown:
@@ -125,7 +135,7 @@ def _encoder(settings: Mapping[str, Any], normalization: str) -> tuple[Encoder, 
             f"timm's {', '.join(sorted(unknown))} in the settings of the images has no counterpart in Altsight."
         )
     changes |= {ARGUMENTS[name]: value for name, value in arguments.items()}
-    encoder = Encoder(EncoderConfig(model=settings["architecture"], normalization=normalization, **changes))
+    encoder = Encoder(EncoderConfig(model=settings["architecture"], **changes))
     check_served(encoder)
     return encoder, found
 
@@ -152,6 +162,8 @@ def _arguments(model: Model) -> dict[str, Any]:
         )
     if config.norm_eps is not None:
         raise UserError(f"timm's settings in a file cannot name the {config.norm_eps} in the layer norms: {OTHERS}.")
+    if encoder.is_vit and model.joint_point in POOLS and not isinstance(encoder.backbone.norm, nn.LayerNorm):
+        raise UserError(f"timm's heads read no tokens without a norm, as this model does: {OTHERS}.")
     if not encoder.is_vit:
         return {"img_size": config.img_size} if has_fixed_size(config.model) else {}
     settings = {theirs: getattr(config, own) for theirs, own in ARGUMENTS.items()}

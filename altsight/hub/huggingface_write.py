@@ -56,7 +56,7 @@ def write(view: View, folder: Path) -> None:
             "transformers cannot pad with a letter's token, as OpenCLIP does, and this text tower sees the padding: "
             f"{OTHERS}."
         )
-    theirs = {"clip": clip, "siglip": siglip, "any": pair}[form](model, text)
+    theirs = {"clip": clip, "siglip": siglip, "pair": pair}[form](model, text)
     theirs.logit_scale.data.fill_(math.log(model.logit_scale))
     tokenizer = text.tokenizer
     if text_kind(text) == "clip" and tokenizer.end == AMBIGUOUS_END:
@@ -132,5 +132,5 @@ def _image_processor(model: Model) -> Any:
 def _processor(form: str, image_processor: Any, tokenizer: Any) -> Any:
     from transformers import CLIPProcessor, SiglipProcessor, VisionTextDualEncoderProcessor
 
-    kinds: dict[str, Any] = {"clip": CLIPProcessor, "siglip": SiglipProcessor, "any": VisionTextDualEncoderProcessor}
+    kinds: dict[str, Any] = {"clip": CLIPProcessor, "siglip": SiglipProcessor, "pair": VisionTextDualEncoderProcessor}
     return kinds[form](image_processor=image_processor, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""Weights under two names: a table from a module's own names to those of another library, used in both directions."""
+"""Weights under two names: a table from a module's own names to another library's, used in both directions."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def linear(own: str, other: str, bias: bool = True) -> Names:
     """Return the names of a module with a weight and, unless told otherwise, a bias."""
     kinds = ("weight", "bias") if bias else ("weight",)
     return {f"{own}.{kind}": f"{other}.{kind}" for kind in kinds}
+
+
+def ratio_of(inner: int, width: int) -> float:
+    """Return the ratio from which libraries compute `inner` features, rounding `width` times the ratio down."""
+    return inner / width if inner % width == 0 else (inner + 0.5) / width
 
 
 def adopt(

@@ -14,7 +14,7 @@ from torch import Tensor
 from altsight.core.errors import UserError, did_you_mean
 from altsight.data.clean import Clean
 from altsight.data.text import Tokenizer
-from altsight.data.views import normalization_of
+from altsight.data.views import normalization_of, statistics
 from altsight.evals.base import Preprocess
 from altsight.hub.clip_tokenizer import clip_tokenizer
 from altsight.hub.hf_tokenizer import hf_tokenizer
@@ -84,11 +84,8 @@ def build(
     if settings.get("multimodal_cfg"):
         raise UserError(f"'{given}' is OpenCLIP's CoCa, which Altsight does not read: use a dual encoder without it.")
     embed_dim, quick = int(settings["embed_dim"]), bool(settings.get("quick_gelu"))
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
-    normalization = normalization_of(
-        preprocess.get("mean", OPENAI_DATASET_MEAN), preprocess.get("std", OPENAI_DATASET_STD)
-    )
+    mean, std = statistics("clip")
+    normalization = normalization_of(preprocess.get("mean", mean), preprocess.get("std", std))
     image = image_side(settings["vision_cfg"], embed_dim, quick, normalization, weights.keys())
     tokenizer = _tokenizer(settings["text_cfg"], folder)
     custom = "text.token_embedding.weight" in weights

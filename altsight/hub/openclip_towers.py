@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from timm.layers import Mlp
@@ -12,7 +12,7 @@ from torch import nn
 from altsight.core.errors import UserError
 from altsight.data.text import Tokenizer
 from altsight.hub.fill import check_served
-from altsight.hub.names import Names, block_names, linear
+from altsight.hub.names import Names, block_names, linear, ratio_of
 from altsight.hub.openclip_resnet import resnet
 from altsight.nn.encoder import Encoder, EncoderConfig, FeaturePoint
 from altsight.nn.text import TextConfig, TextTower
@@ -85,7 +85,7 @@ def image_side(
         width=width,
         depth=int(settings.get("layers", 12)),
         heads=width // int(settings.get("head_width", 64)),
-        mlp_ratio=_ratio(width, float(settings.get("mlp_ratio", 4.0))),
+        mlp_ratio=_ratio(settings, width),
         layer_scale=settings.get("ls_init_value"),
         positions="learned",
         pre_norm=not settings.get("no_ln_pre", False),
@@ -126,11 +126,8 @@ def trunk_names(encoder: Encoder) -> Names:
 def _trunk(settings: Mapping[str, Any], embed_dim: int, normalization: str) -> ImageSide:
     # The name overrides all that describes OpenCLIP's own image tower.
     _check(settings, _TRUNK_KNOWN, _IMAGE_KNOWN | _IMAGE_IGNORED, "vision_cfg")
-    model, pool, head = (
-        settings["timm_model_name"],
-        settings.get("timm_pool", "avg"),
-        settings.get("timm_proj", "linear"),
-    )
+    model, pool = settings["timm_model_name"], settings.get("timm_pool", "avg")
+    head = settings.get("timm_proj", "linear")
     if pool in ("abs_attn", "rot_attn") or not head:
         raise UserError(f"OpenCLIP's pooling '{pool}' with the head '{head}' has no counterpart in Altsight.")
     size = _square(settings.get("image_size", 224))
@@ -138,7 +135,7 @@ def _trunk(settings: Mapping[str, Any], embed_dim: int, normalization: str) -> I
     # Without a head OpenCLIP builds timm's model with this pooling; with one it changes the pooling of the built model,
     # whose last norm then stays where it was.
     if head == "none" and pool in ("token", "avg", "map"):
-        config = EncoderConfig(**{**vars(config), "global_pool": pool})
+        config = replace(config, global_pool=pool)
     encoder = Encoder(config)
     check_served(encoder)
     changed = head != "none" and pool and pool != getattr(encoder.backbone, "global_pool", pool)
@@ -185,7 +182,7 @@ def text_side(
         context=int(settings.get("context_length", 77)),
         quick_gelu=quick_gelu,
         tanh_gelu=(settings.get("act_kwargs") or {}).get("approximate") == "tanh",
-        mlp_ratio=_ratio(width, float(settings.get("mlp_ratio", 4.0))),
+        mlp_ratio=_ratio(settings, width),
         norm_eps=float((settings.get("norm_kwargs") or {}).get("eps", 1e-5)),
         causal=not settings.get("no_causal_mask", False),
         pool={"first": "first", "last": "last"}.get(pool, "end"),  # type: ignore[arg-type]
@@ -235,6 +232,5 @@ def _square(size: Any) -> int:
     return int(sides.pop())
 
 
-def _ratio(width: int, ratio: float) -> float:
-    """Return the ratio that gives int(width * ratio) features again when it is multiplied out."""
-    return ratio if ratio == int(ratio) else (int(width * ratio) + 0.5) / width
+def _ratio(settings: Mapping[str, Any], width: int) -> float:
+    return ratio_of(int(width * float(settings.get("mlp_ratio", 4.0))), width)

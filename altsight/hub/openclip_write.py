@@ -29,7 +29,7 @@ from altsight.hub.dual import (
 )
 from altsight.hub.hf_tokenizer import fast_tokenizer
 from altsight.hub.model import Model
-from altsight.hub.names import handed_out
+from altsight.hub.names import handed_out, ratio_of
 from altsight.hub.openclip import CONFIG
 from altsight.hub.openclip_towers import text_names, transposed, trunk_names, vit_names
 from altsight.nn.backbone import has_fixed_size
@@ -121,6 +121,8 @@ def _reason_against_own(model: Model, text: TextTower) -> str:
             f"its own towers share one activation, and here it is {_activation(encoder)} for images and "
             f"{'QuickGELU' if text.config.quick_gelu else 'GELU'} for texts"
         )
+    if model.joint_point in ("cls", "mean") and not isinstance(encoder.backbone.norm, nn.LayerNorm):
+        return "its own image tower ends in a norm of every token"
     if model.joint_point not in ("cls", "mean") and not _normed_behind(model):
         return (
             f"its own image tower is read at the class token or the mean of the patches, not at '{model.joint_point}'"
@@ -139,7 +141,7 @@ def _own_tower(model: Model) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "width": encoder.width,
         "layers": len(backbone.blocks),
         "head_width": encoder.width // encoder.heads,
-        "mlp_ratio": _ratio(backbone.blocks[0], encoder.width),
+        "mlp_ratio": _ratio(backbone.blocks, encoder.width),
         "ls_init_value": encoder.config.layer_scale,
         "no_ln_pre": not isinstance(backbone.norm_pre, nn.LayerNorm),
         "pool_type": "tok" if model.joint_point == "cls" else "avg",
@@ -174,7 +176,9 @@ def _trunk(model: Model, reason: str) -> tuple[dict[str, Any], dict[str, Tensor]
     }
     if attentive and model.image_projection is not None:
         raise UserError(f"OpenCLIP has no matrix behind a pooling by attention, which this model has: {OTHERS}.")
-    weights = handed_out(model, trunk_names(model.encoder))
+    # A pooling by attention that nobody reads is not built.
+    names = {own: other for own, other in trunk_names(model.encoder).items() if attentive or ".attn_pool." not in own}
+    weights = handed_out(model, names)
     if not attentive:
         weights["visual.head.proj.weight"] = image_map(model)
     return settings, weights
@@ -209,7 +213,7 @@ def _language(text: TextTower) -> dict[str, Any]:
         "width": config.width,
         "heads": config.heads,
         "layers": config.layers,
-        "mlp_ratio": _ratio(text.blocks[0], config.width),
+        "mlp_ratio": _ratio(text.blocks, config.width),
         "no_causal_mask": not config.causal,
         "pool_type": {"end": "eos", "first": "first", "last": "last"}[config.pool],
         "eos_id": tokenizer.end,
@@ -252,7 +256,5 @@ def _normed_behind(model: Model) -> bool:
     )
 
 
-def _ratio(block: Any, width: int) -> float:
-    """Return the ratio from which OpenCLIP computes the width of a feed-forward layer, rounding down."""
-    inner = int(block.mlp.fc1.out_features)
-    return inner / width if inner % width == 0 else (inner + 0.5) / width
+def _ratio(blocks: Any, width: int) -> float:
+    return ratio_of(int(blocks[0].mlp.fc1.out_features), width)

@@ -123,6 +123,10 @@ class Composite(Method):
             return super().embed_image(encoded)
         return cast(Method, self.parts[self.dual]).embed_image(encoded)
 
+    def similarity(self) -> tuple[float, float]:
+        """Return scale and bias of the first part that is a dual encoder."""
+        return super().similarity() if self.dual is None else cast(Method, self.parts[self.dual]).similarity()
+
     def prepare(self, crop: Crop, size: int) -> CompositePrepare:
         """Return the preparations of all parts as one."""
         prepares = {name: part.prepare(crop, size) for name, part in self._each()}

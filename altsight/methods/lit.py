@@ -105,6 +105,10 @@ class LiT(Method):
         """Return the encoder's feature (B, D), un-normalised."""
         return self.encoder.point(encoded, self.config.image_feature)
 
+    def similarity(self) -> tuple[float, float]:
+        """Return the learned scale, and no bias."""
+        return float(self.log_scale.detach().exp()), 0.0
+
     def embed(self, batch: Batch, at: Key) -> Outputs:
         """Return the un-normalised features of images and texts, (B, D) each; the former without a gradient."""
         with torch.no_grad():

@@ -20,12 +20,16 @@ from altsight.hub.load import load_model
 from altsight.hub.model import Model
 from altsight.methods.align import ALIGN
 from altsight.methods.clip import CLIP
+from altsight.methods.composite import Composite, Part
 from altsight.methods.flip import FLIP
 from altsight.methods.siglip import SigLIP
 from altsight.nn.language import BertTowerConfig
+from altsight.nn.resample import resized
 from altsight.nn.text import TextConfig
+from altsight.transfer.base import ImageTower, with_view
 from tests.hub.test_huggingface_dual import MODELS as HF
 from tests.hub.test_openclip import ENCODER, MODELS, OWN_TEXT, pixels, saved, settings, theirs, trained, vectors
+from tests.hub.test_tokenizers import difficult
 
 TEXTS = ["a photo of a dog", "", "two red circles!"]
 WIDE = settings({"width": 128, "head_width": 64}, {"width": 128, "heads": 2})
@@ -264,3 +268,52 @@ def test_a_view_of_read_weights_gives_unit_vectors(tmp_path: Path) -> None:
         torch.testing.assert_close(vectors_.norm(dim=-1), torch.ones(len(vectors_)))
     assert view.is_dual and isinstance(view.project, nn.Linear) and view.feature_point == "cls"
     assert json.loads((tmp_path / "model" / "open_clip_config.json").read_text())["preprocess_cfg"] == {}
+
+
+def test_the_image_tower_of_read_weights_can_be_tuned(tmp_path: Path) -> None:
+    view = altsight.load(saved(tmp_path / "model", MODELS["ViT-B-16"], theirs(MODELS["ViT-B-16"])))
+    tower, images = ImageTower(view), pixels(64)
+    assert view.embed_image is not None
+    with torch.no_grad():
+        expected = view.embed_image(view.encoder(images))
+    torch.testing.assert_close(tower(tower.encoder(images)), expected)
+    trained_ = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    assert any("image_projection" in name for name in trained_) and not any(".text." in name for name in trained_)
+
+
+def test_a_tuned_encoder_is_what_is_written(tmp_path: Path) -> None:
+    view = altsight.load(saved(tmp_path / "model", MODELS["ViT-B-16"], theirs(MODELS["ViT-B-16"])))
+    tuned = with_view(view, resized(view.encoder, img_size=96))
+    tuned.encoder.backbone.norm.bias.data += 0.1
+    (tmp_path / "out").mkdir()
+    openclip_write.write(tuned, tmp_path / "out")
+    assert max(openclip_write.compare(tuned, tmp_path / "out").values()) < 1e-5
+    assert altsight.load(tmp_path / "out").preprocess.size == 96
+
+
+@pytest.mark.parametrize("writer", [openclip_write, huggingface_write])
+def test_the_tokenizer_of_a_corpus_gives_the_same_ids_elsewhere(writer: Any, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    view = view_of(trained(CLIP, CLIP.Config(replace(OWN_TEXT, quick_gelu=False), 48), ENCODER), "run")
+    writer.write(view, tmp_path)
+    assert view.text is not None
+    ours, last = view.text.tokenizer, view.text.tokenizer.vocab_size - 1
+    # The name of a special token in a text is the token for the others.
+    texts = [text for text in difficult() if not any(name in text.lower() for name in ("<pad>", "<start>", "<end>"))]
+    fast = AutoTokenizer.from_pretrained(tmp_path)
+    ids = fast(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    if writer is huggingface_write:
+        # There the end token has changed numbers with the last one.
+        ids = torch.where(ids == last, ours.end, torch.where(ids == ours.end, last, ids))
+    assert torch.equal(ids, view.text.encode(texts))
+
+
+def test_the_dual_encoder_of_a_composite_is_written(tmp_path: Path) -> None:
+    text = {"width": 64, "heads": 2, "layers": 2, "context": 20}
+    config = Composite.Config((Part("simclr"), Part("clip", settings={"text": text, "embed_dim": 48})))
+    method = trained(Composite, config, ENCODER)
+    view = view_of(method, "both")
+    assert view.logit_scale == pytest.approx(method.get_parameter("parts.clip.logit_scale").exp().item())
+    huggingface_write.write(view, tmp_path)
+    assert max(huggingface_write.compare(view, tmp_path).values()) < 1e-5

@@ -131,6 +131,11 @@ RUNS: dict[str, tuple[type[Method], Any, EncoderConfig]] = {
     **{name: run for name, run in OPENCLIP_RUNS.items() if name != "siglip"},
     "clip with two activations and registers": (CLIP, CLIP.Config(OWN_TEXT, 48), replace(ENCODER, registers=2)),
     "clip without positions": (CLIP, CLIP.Config(OWN_TEXT, 48), replace(ENCODER, positions="none")),
+    "clip on the encoder of a SigLIP": (
+        CLIP,
+        CLIP.Config(OWN_TEXT, 48),
+        replace(ENCODER, model="vit_base_patch16_siglip_224"),
+    ),
     "siglip without a class token": (
         SigLIP,
         SigLIP.Config(replace(OWN_TEXT, quick_gelu=False, causal=False, pool="last", pad_with_end=True)),
@@ -223,7 +228,7 @@ def test_runs_are_what_transformers_makes_of_their_export(name: str, tmp_path: P
     ours = vectors(again, images)
     torch.testing.assert_close(ours[0], image, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours[1], text, atol=1e-5, rtol=0)
-    assert again.found.left_over == ()
+    assert again.found.left_over == () and again.preprocess == view.preprocess
     inputs = AutoProcessor.from_pretrained(tmp_path)(
         text=TEXTS, images=[Image.new("RGB", (90, 70))], padding="max_length", truncation=True, return_tensors="pt"
     )

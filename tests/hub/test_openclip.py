@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +210,7 @@ def trained(kind: type[Method], config: Any, encoder: EncoderConfig) -> Method:
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_are_what_open_clip_makes_of_their_export(name: str, tmp_path: Path) -> None:
     view = view_of(trained(*RUNS[name]), "run")
+    assert math.log(view.logit_scale) == pytest.approx(3.1 if RUNS[name][0] in (CLIP, SLIP) else 2.2)
     write(view, tmp_path)
     other = load_back(tmp_path)
     images = pixels(view.preprocess.size)
