@@ -64,9 +64,12 @@ class PrefixDecoder(nn.Module):
                 f"the tokenizer has {self.vocab_size:,} tokens and the language model only {known:,}: they do not "
                 "belong together."
             )
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+
+    def train(self, mode: bool = True) -> PrefixDecoder:
+        """Leave the language model in evaluation mode, in which it has no dropout; returns self."""
+        super().train(mode)
+        self.model.eval()
+        return self
 
     @property
     def width(self) -> int:

@@ -15,7 +15,7 @@ from altsight.data.samples import locate
 from altsight.data.text import Tokenizer, train_tokenizer
 from altsight.data.views import Crop
 from altsight.evals.base import Result, Split, View
-from altsight.evals.caption_metrics import METRICS, CaptionMetric
+from altsight.evals.caption_metrics import METRICS, CaptionMetric, pycocoevalcap
 from altsight.evals.captions import Captioned, score_captions, write_captions
 from altsight.nn.decoding import BEAM, Decoding
 from altsight.nn.gated import Gate
@@ -80,6 +80,8 @@ class Caption:
         Raises:
             UserError: the data, the language model or a setting cannot be used; nothing has been written then.
         """
+        if self.metrics:
+            pycocoevalcap("cider", "cider", "Cider")  # where it is missing, say so before the training
         train = open_captioned(self.data, self.captions, self.fraction, self.fit.seed)
         split = Split("test", read_pairs(locate(self.test), self.captions))
         if not len(split):
@@ -98,7 +100,7 @@ class Caption:
         assert isinstance(model, Captioner)
         if self.reinforce_epochs:
             model = self._reinforced(model, train, out / "reinforced")
-        captioner = with_view(view, model.encoder, caption=model.caption)
+        captioner = with_view(view, model.encoder, caption=model.caption, batch_size=self.fit.batch)
         written = write_captions(captioner, split, self.decoding)
         if world().is_main:
             write_json(out / "captions.json", [_shown(one) for one in written])
@@ -124,24 +126,24 @@ class Caption:
         return train_tokenizer(train.all_texts(), self.vocab_size)
 
     def _optim(self) -> OptimConfig:
-        recipe = RECIPES[self.decoder]
-        return replace(recipe, lr=self.lr or recipe.lr)
+        found = RECIPES[self.decoder]
+        return replace(found, lr=self.lr or found.lr)
 
     def _config(self, view: View, train: CaptionedImages, tokenizer: Tokenizer) -> CaptionerConfig:
         return CaptionerConfig(
-            weights_hash(view.encoder),
-            train.digest,
-            tokenizer.vocab_size,
-            self.decoder,
-            self.language_model,
-            self.size,
-            self.length,
-            self.tune_encoder,
-            self.freeze_language_model,
-            self.tuned_lr_scale,
-            self.gate,
-            self.tau,
-            self.crop,
+            weights=weights_hash(view.encoder),
+            data=train.digest,
+            vocabulary=tokenizer.vocab_size,
+            decoder=self.decoder,
+            language_model=self.language_model,
+            size=self.size,
+            length=self.length,
+            tune_encoder=self.tune_encoder,
+            freeze_language_model=self.freeze_language_model,
+            tuned_lr_scale=self.tuned_lr_scale,
+            gate=self.gate,
+            tau=self.tau,
+            crop=self.crop,
         )
 
     def _seeded(self, result: Result) -> Result:

@@ -22,6 +22,7 @@ from altsight.evals.load import view_of
 from altsight.methods.base import Corpus
 from altsight.methods.coca import CoCa
 from altsight.nn.coca import CoCaDecoderConfig
+from altsight.nn.decoding import BEAM
 from altsight.nn.encoder import Encoder, EncoderConfig
 from altsight.train.accumulate import Accumulator, Embed
 from altsight.train.optim import make_optimizer
@@ -214,6 +215,7 @@ def test_learned_captions_come_out_again(encoder: Encoder, corpus: Corpus, batch
         method.embed(batch, key(0, 0)).local["caption"].backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     assert method.caption(batch["image"], max_length=99) == list(TEXTS)
+    assert method.caption(batch["image"], decoding=BEAM) == list(TEXTS)
     assert method.caption(batch["image"][:1], prefix="a red") == [TEXTS[0]]
 
 

@@ -21,6 +21,7 @@ from altsight.methods.base import Corpus
 from altsight.methods.mae import MAE
 from altsight.methods.mug import MUG
 from altsight.nn.decoder import CaptionDecoderConfig, PixelDecoderConfig
+from altsight.nn.decoding import BEAM
 from altsight.nn.encoder import Encoder, EncoderConfig
 from altsight.train.accumulate import Accumulator, Embed
 from tests.methods.conftest import TEXTS
@@ -155,6 +156,7 @@ def test_learned_captions_come_out_again(method: MUG, batch: Batch) -> None:
         optimizer.step()
     method.train()
     assert method.caption(batch["image"], batch["keep"], prefix="") == list(TEXTS)
+    assert method.caption(batch["image"], batch["keep"], prefix="", decoding=BEAM) == list(TEXTS)
     assert method.caption(batch["image"][:1], batch["keep"][:1], prefix="a") == [TEXTS[0]]
     assert method.training
 

@@ -19,6 +19,7 @@ from altsight.data.photometric import Photometric, photometric
 from altsight.data.views import Crop
 from altsight.methods.base import Corpus
 from altsight.methods.virtex import VirTex
+from altsight.nn.decoding import BEAM
 from altsight.nn.encoder import Encoder, EncoderConfig
 from altsight.nn.virtex import TextualHead, TextualHeadConfig
 from altsight.train.optim import make_optimizer
@@ -272,6 +273,7 @@ def test_learned_captions_come_out_again(encoder: Encoder, corpus: Corpus, batch
         method.embed(batch, key(0, 0)).local["onwards"].backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     assert method.caption(batch["image"]) == list(TEXTS)
+    assert method.caption(batch["image"], decoding=BEAM) == list(TEXTS)
 
 
 def test_prepare_turns_the_caption_with_the_image(

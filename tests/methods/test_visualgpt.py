@@ -18,6 +18,7 @@ from altsight.core.types import Batch, Document
 from altsight.data.views import Crop
 from altsight.methods.base import Corpus
 from altsight.methods.visualgpt import VisualGPT
+from altsight.nn.decoding import BEAM
 from altsight.nn.encoder import Encoder, EncoderConfig
 from altsight.nn.gated import GatedConfig
 from tests.methods.conftest import TEXTS
@@ -78,6 +79,7 @@ def test_learned_captions_come_out_again(method: VisualGPT, batch: Batch) -> Non
         method.embed(batch, key(0, 0)).local["caption"].backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     assert method.caption(batch["image"], max_length=99) == list(TEXTS)
+    assert method.caption(batch["image"], decoding=BEAM) == list(TEXTS)
     assert method.caption(batch["image"][:1], prefix="a red") == [TEXTS[0]]
 
 
