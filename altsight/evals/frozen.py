@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from altsight.core.errors import UserError
 from altsight.evals.base import Split, Task, View
 from altsight.evals.features import Labelled, classes_of, joint_vectors, labelled
 from altsight.evals.linear import choose
@@ -30,17 +29,9 @@ class FrozenClassifier:
     def hits(self, view: View, task: Task, split: Split) -> tuple[Tensor, Labelled]:
         """Return which samples (n,) of `split` it answers rightly, among the classes of `task`, and these samples.
 
-        Raises:
-            UserError: the task has a class that this classifier does not know.
+        All classes of the task must be among `classes`.
         """
-        wanted = classes_of(task)
-        unknown = sorted(set(wanted) - set(self.classes))
-        if unknown:
-            raise UserError(
-                f"the class '{unknown[0]}' of the task '{task.name}' is none that the classifier was made for: give "
-                "both tasks the same labels."
-            )
-        columns = torch.tensor([self.classes.index(label) for label in wanted])
+        columns = torch.tensor([self.classes.index(label) for label in classes_of(task)])
         test = labelled(view, task, split)
         vectors = joint_vectors(view, split)[list(test.rows)] if self.kind == "zeroshot" else test.vectors
         scores = vectors.double() @ self.weight[:, columns] + self.bias[columns]
@@ -63,4 +54,8 @@ def frozen_classifier(view: View, task: Task) -> FrozenClassifier:
         return FrozenClassifier("zeroshot", weight, torch.zeros(len(classes), dtype=torch.float64), classes)
     train, val = (labelled(view, task, split) for split in (task.train, task.val))
     fit = choose(train, val, view.device).fit
-    return FrozenClassifier("linear", fit.weight, fit.bias, tuple(classes[int(i)] for i in fit.classes))
+    # A class that no training image has is never answered.
+    weight = fit.weight.new_zeros(len(fit.weight), len(classes))
+    bias = fit.bias.new_full((len(classes),), -torch.inf)
+    weight[:, fit.classes], bias[fit.classes] = fit.weight, fit.bias
+    return FrozenClassifier("linear", weight, bias, classes)

@@ -91,9 +91,12 @@ def read_ratings(paths: Sequence[str]) -> tuple[Rating, ...]:
             raise UserError(
                 f"the ratings '{path}' must begin with two columns image or caption, and have an agg_score."
             )
-        for row in rows:
+        for line, row in enumerate(rows, start=2):
             first, second = ((kind, row[c].rpartition(":sentid:")[2]) for kind, c in zip(kinds, columns, strict=True))
-            found.append(Rating(first, second, float(row["agg_score"])))
+            try:
+                found.append(Rating(first, second, float(row["agg_score"])))
+            except (TypeError, ValueError):
+                raise UserError(f"line {line} of '{path}' has no number as its agg_score: mend it.") from None
     return tuple(found)
 
 
@@ -163,7 +166,7 @@ Pair = tuple[str, int, str, int, float]
 
 
 def _known(ratings: Sequence[Rating], items: Items) -> list[Pair]:
-    """Return the ratings of things that are there, both ways round."""
+    """Return the ratings whose two things are there."""
     found = []
     for rating in ratings:
         (kind_a, id_a), (kind_b, id_b) = rating.first, rating.second
@@ -198,9 +201,9 @@ def _found(
     vectors = items.vectors[query][queries]
     found = best_ranks(vectors, items.vectors[answer], [sorted(right[row]) for row in queries], itself)
     # Captions of one image are no independent test items.
-    groups = items.owners[query][queries].unique_consecutive(return_counts=True)[1]
+    of_images = items.owners[query][queries].unique_consecutive(return_counts=True)[1]
     for k in TOP:
-        yield scored(view, found < k, groups, metric=f"{name}_r{k}", **fields)
+        yield scored(view, found < k, of_images if query == "caption" else None, metric=f"{name}_r{k}", **fields)
 
 
 def _correlation(

@@ -24,9 +24,12 @@ def robustness(view: View, task: Task) -> Iterator[Result]:
         yield not_applicable(view, task, "robustness", "drop", NO_PROBE)
         return
     of_clean = frozen_classifier(view, task.clean)
-    classifier = frozen_classifier(view, task) if view.is_dual else of_clean
     classes = classes_of(task)
     same = set(classes) <= set(of_clean.classes)
+    if not same and not view.is_dual:
+        yield not_applicable(view, task, "robustness", "drop", f", and a probe on '{task.clean.name}' has other labels")
+        return
+    classifier = frozen_classifier(view, task) if view.is_dual else of_clean
     clean = replace(task.clean, classes=dict.fromkeys(classes, "")) if same else task.clean
     hits, test = classifier.hits(view, task, task.test)
     clean_hits, reference = of_clean.hits(view, clean, clean.test)

@@ -115,6 +115,9 @@ def test_published_files_are_read(tmp_path: Path) -> None:
         Rating(("caption", "732091"), ("image", "COCO_val2014_000000365325.jpg"), 2.2),
         Rating(("caption", "1"), ("caption", "2"), 3.1),
     )
+    sts.write_text("caption1,caption2,agg_score\n1,2,3.5\n1,3,\n")
+    with pytest.raises(UserError, match=r"line 3 of '.*sts_test\.csv' has no number"):
+        read_ratings([str(sts)])
     sits.write_text("a,b,agg_score\n1,2,3\n")
     with pytest.raises(UserError, match="must begin with two columns image or caption"):
         read_ratings([str(sits)])

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from altsight.core.errors import UserError
 from altsight.evals.base import Task, no_split
+from altsight.evals.frozen import frozen_classifier
 from altsight.evals.robustness import robustness
 from tests.evals.conftest import COLOURS, MakeSplit, Sample, coloured, make_view
 
@@ -44,14 +44,21 @@ def test_other_labels_are_compared_with_all_clean_classes(make_split: MakeSplit,
     results = {r.metric: r for r in robustness(make_view(dual=True), task)}
     assert results["top1"].value == 1 and results["clean_top1"].n == 24
     assert "answered among all of its classes" in results["drop"].note
-    with pytest.raises(UserError, match="the class 'green_mug' of the task 'objects' is none that"):
-        list(robustness(make_view(), task))
+    (result,) = robustness(make_view(), task)
+    assert result.value is None and result.note.endswith("and a probe on 'colours' has other labels")
 
 
 def test_a_probe_needs_clean_training_images(make_split: MakeSplit, shifted: Task) -> None:
     test_only = Task("clean", no_split("train"), no_split("val"), make_split("clean", coloured(3)), "kind")
     (result,) = robustness(make_view(), replace(shifted, clean=test_only))
     assert result.value is None and result.note.endswith("and the task no images to train a probe on")
+
+
+def test_a_probe_never_answers_what_it_was_not_trained_on(make_split: MakeSplit, colours: Task) -> None:
+    test = make_split("more", [*coloured(2), Sample(COLOURS["grey"], "grey")])
+    classifier = frozen_classifier(make_view(), replace(colours, test=test))
+    hits, used = classifier.hits(make_view(), replace(colours, test=test), test)
+    assert hits.tolist() == [True] * 6 + [False] and len(used.labels) == 7
 
 
 def test_without_a_clean_task_it_yields_nothing(colours: Task) -> None:
