@@ -181,15 +181,25 @@ class Classifier(Method):
         learned = {"positions": "learned"} if encoder.config.positions == "sincos" else {}
         super().__init__(resized(encoder, img_size=config.img_size, drop_path=config.drop_path, **learned))
         self.config, self.classes = config, classes
+        width = self._width()
         own_norm = self.encoder.is_vit and config.pool == "mean"
-        self.norm = nn.LayerNorm(encoder.width, eps=1e-6) if own_norm else nn.Identity()
-        self.head = nn.Linear(encoder.width, classes)
+        self.norm = nn.LayerNorm(width, eps=1e-6) if own_norm else nn.Identity()
+        self.head = nn.Linear(width, classes)
         with torch_seeded(at):
             nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
             nn.init.zeros_(self.head.bias)
-        if own_norm:
-            # Nothing reads the tokens after it.
-            self.encoder.backbone.norm.requires_grad_(False)
+
+    def _width(self) -> int:
+        """Return the width of what the classifier reads; freeze what that does not depend on (a norm, a pooling)."""
+        size, device = self.encoder.config.img_size, next(self.encoder.parameters()).device
+        with torch.enable_grad():
+            blank = torch.zeros(1, 3, size, size, device=device)
+            features = self.encoder.point(self.encoder.eval()(blank), self.point)
+        wanted = [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
+        found = torch.autograd.grad(features.sum(), wanted, allow_unused=True)
+        for parameter, gradient in zip(wanted, found, strict=True):
+            parameter.requires_grad_(gradient is not None)
+        return features.shape[1]
 
     @property
     def point(self) -> FeaturePoint:

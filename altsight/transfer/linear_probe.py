@@ -157,7 +157,8 @@ class LinearClassifier(Method):
     def __init__(self, config: LinearProbeConfig, view: View, classes: int, at: Key) -> None:
         super().__init__(copy.deepcopy(view.encoder).requires_grad_(False))
         self.config, self.point = config, view.feature_point
-        width = self.encoder.width
+        blank = torch.zeros(1, 3, *2 * [view.preprocess.size], dtype=torch.uint8)
+        width = self._features(blank.to(view.device)).shape[1]
         self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False) if config.norm else nn.Identity()
         self.head = nn.Linear(width, classes)
         with torch_seeded(at):
@@ -180,14 +181,16 @@ class LinearClassifier(Method):
         """Return the preparation; the crop is the probe's own."""
         return ProbePrepare(self.config.crop, size)
 
-    @torch.no_grad()
     def embed(self, batch: Batch, at: Key) -> Outputs:
         """Return the features of images, or those that were extracted before."""
-        features = batch.get("features")
-        if features is None:
-            blocks = self.encoder.normalize(batch["image"]).split(BLOCK)
-            features = torch.cat([self.encoder.point(self.encoder(block), self.point) for block in blocks])
-        return Outputs(shared={"features": features.float(), "label": batch["label"]})
+        known = batch.get("features")
+        features = self._features(batch["image"]) if known is None else known
+        return Outputs(shared={"features": features, "label": batch["label"]})
+
+    @torch.no_grad()
+    def _features(self, images: Tensor) -> Tensor:
+        blocks = self.encoder.eval().normalize(images).split(BLOCK)
+        return torch.cat([self.encoder.point(self.encoder(block), self.point).float() for block in blocks])
 
     def loss(self, shared: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's share; the statistics of the norm are those of all ranks' rows."""

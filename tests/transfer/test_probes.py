@@ -38,9 +38,12 @@ def data(tmp_path: Path) -> dict[str, Any]:
 
 
 def count_images(view: View) -> list[int]:
-    """Return a list that grows by the number of images that the view's encoder sees in each call."""
+    """Return a list that grows by the number of images that the view's encoder sees in each call, but for one alone.
+
+    A single blank image tells how wide the features are.
+    """
     seen: list[int] = []
-    view.encoder.register_forward_hook(lambda module, images, out: seen.append(len(images[0])))
+    view.encoder.register_forward_hook(lambda module, images, out: seen.append(len(images[0]) - (len(images[0]) == 1)))
     return seen
 
 
@@ -149,6 +152,13 @@ def test_the_optimizer_is_lars_of_the_papers(view: View) -> None:
         torch.testing.assert_close(model.head.weight.detach().double(), weight, atol=1e-7, rtol=1e-5)
         torch.testing.assert_close(model.head.bias.detach().double(), bias, atol=1e-6, rtol=1e-5)
     assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
+
+
+@pytest.mark.parametrize("model", ["mobilenetv3_small_050", "convnext_atto"])
+def test_features_may_be_wider_than_the_last_stage(model: str, data: dict[str, Any], tmp_path: Path) -> None:
+    view = dataclasses.replace(view_of(EncoderConfig(model, img_size=32)), feature_point="pooled")
+    found = by_metric(LinearProbe(**data, fit=dataclasses.replace(FIT, epochs=1))(view, tmp_path / "out"))
+    assert (found["top1"].n, found["top1"].feature_point) == (15, "pooled")
 
 
 def test_a_frozen_encoder_keeps_its_statistics() -> None:
