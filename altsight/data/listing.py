@@ -65,8 +65,10 @@ def read_classes(path: Path) -> dict[str, tuple[str, ...]]:
     else:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"the class file '{path}' cannot be read ({error}).") from None
+        except OSError as error:
+            raise UserError(f"the class file '{path}' cannot be read ({error.strerror}).") from None
+        except UnicodeDecodeError:
+            raise UserError(f"the class file '{path}' is no text in UTF-8: save it as such.") from None
         names = [tuple(part.strip() for part in line.split("|") if part.strip()) for line in lines]
         rows = [(parts[0], parts) for parts in names if parts]
     classes: dict[str, tuple[str, ...]] = {}
@@ -99,7 +101,7 @@ def _json_classes(path: Path) -> list[tuple[str, tuple[str, ...]]]:
         # Pairs, and not a dict, in which the second of two equal names would replace the first.
         pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
     except OSError as error:
-        raise UserError(f"the class file '{path}' cannot be read ({error}).") from None
+        raise UserError(f"the class file '{path}' cannot be read ({error.strerror}).") from None
     except ValueError as error:
         raise UserError(f"the class file '{path}' is no JSON ({error}).") from None
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):

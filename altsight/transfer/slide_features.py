@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ from altsight.core.errors import UserError
 from altsight.data.slide import Slide, open_slide
 from altsight.data.tiles import Coords, Tiling, coloured, grid, read_coords, read_tiles, resize, tiling
 from altsight.evals.base import View
-from altsight.train.run import weights_hash
+from altsight.evals.store import place, read, write
 
 Progress = Callable[[int, int], None]
 
@@ -71,14 +69,15 @@ def slide_features(
     slide = open_slide(path)
     how = tiling(slide, config.tile, config.magnification)
     coords = _coords(slide, path, config, how)
-    stored = folder / f"{slide_name(path)}.npz"
-    made_of = _fingerprint(view, path, how, coords)
-    known = _load(stored, made_of)
-    if known is not None:
-        return known
-    found = SlideFeatures(coords, how.span, *_encode(view, slide, coords, how, batch, progress))
-    _save(stored, found, made_of)
-    return found
+    about = os.stat(path)
+    facts = [str(about.st_size), str(about.st_mtime_ns), repr(how), hashlib.sha256(coords.tobytes()).hexdigest()]
+    stored = place(folder, view, slide_name(path), facts)
+    known = read(stored)
+    if known is None:
+        vectors, features = _encode(view, slide, coords, how, batch, progress)
+        known = {"coords": torch.from_numpy(coords), "vectors": vectors, "features": features}
+        write(stored, known)
+    return SlideFeatures(coords, how.span, known["vectors"], known["features"])
 
 
 def slide_name(path: Path) -> str:
@@ -122,38 +121,3 @@ def _encode(
         done += len(tiles)
         progress(done, len(coords))
     return vectors, features
-
-
-def _fingerprint(view: View, path: Path, how: Tiling, coords: Coords) -> str:
-    """Return 16 hex digits of all that the vectors depend on; of the file, its size and when it was written."""
-    owner: torch.nn.Module = view.embed_image.__self__  # type: ignore[union-attr]
-    about = os.stat(path)
-    facts = [weights_hash(view.encoder), weights_hash(owner), view.feature_point, view.preprocess.hash(), asdict(how)]
-    digest = hashlib.sha256(json.dumps([*facts, about.st_size, about.st_mtime_ns]).encode())
-    digest.update(coords.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _load(stored: Path, made_of: str) -> SlideFeatures | None:
-    if not stored.is_file():
-        return None
-    with np.load(stored) as file:
-        if str(file["made_of"]) != made_of:
-            return None
-        vectors, features = (torch.from_numpy(file[name]) for name in ("vectors", "features"))
-        return SlideFeatures(file["coords"], int(file["span"]), vectors, features)
-
-
-def _save(stored: Path, found: SlideFeatures, made_of: str) -> None:
-    """Write by way of a temporary file, so that a reader never sees half of it."""
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    part = stored.with_name(f".{stored.stem}.part.npz")
-    np.savez(
-        part,
-        made_of=made_of,
-        span=found.span,
-        coords=found.coords,
-        vectors=found.vectors.numpy(),
-        features=found.features.numpy(),
-    )
-    part.replace(stored)
