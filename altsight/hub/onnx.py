@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from altsight.core.errors import UserError
 from altsight.evals.base import View
+from altsight.hub.hf_tokenizer import fast_tokenizer
 from altsight.hub.parity import TEXTS, largest, pictures
-from altsight.nn.text import TextEncoder
+from altsight.nn.text import TextEncoder, TextTower
 
 USAGE = """import numpy as np
 import onnxruntime
@@ -28,13 +29,16 @@ outputs = dict(zip([out.name for out in session.get_outputs()], session.run(None
 print({{name: value.shape for name, value in outputs.items()}})
 """
 TEXT_USAGE = """
-from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
-tokenizer = Tokenizer.from_file("{folder}/tokenizer.json")
-ids = np.full((1, {context}), {pad}, dtype="int64")
-words = [{start}, *tokenizer.encode("a photo of a dog", add_special_tokens=False).ids[: {context} - 2], {end}]
-ids[0, : len(words)] = words
-texts = onnxruntime.InferenceSession("{folder}/text.onnx").run(None, {{"ids": ids}})[0]
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+ids = tokenizer(["a dog"], padding="max_length", truncation=True, max_length={context}, return_tensors="np").input_ids
+texts = onnxruntime.InferenceSession("{folder}/text.onnx").run(None, {{"ids": ids.astype("int64")}})[0]
+print({scale:.6g} * outputs["embeddings"] @ texts.T + {bias:.6g})
+"""
+IDS_USAGE = """
+# Token ids (batch, {context}) as this text tower's own `encode` makes them in Altsight.
+texts = onnxruntime.InferenceSession("{folder}/text.onnx").run(None, {{"ids": np.ones((1, {context}), "int64")}})[0]
 print({scale:.6g} * outputs["embeddings"] @ texts.T + {bias:.6g})
 """
 
@@ -66,7 +70,7 @@ class TextSide(nn.Module):
 
 
 def write(view: View, folder: Path) -> None:
-    """Write image.onnx and, of a dual encoder, text.onnx and tokenizer.json.
+    """Write image.onnx and, of a dual encoder, text.onnx and a tokenizer that transformers loads.
 
     Raises:
         UserError: an optional library is missing, or the model has operations that ONNX lacks.
@@ -77,25 +81,24 @@ def write(view: View, folder: Path) -> None:
     if view.text is not None:
         ids = view.text.encode(TEXTS[:2]).to(view.device)
         _export(TextSide(view.text), ids, folder / "text.onnx", "ids", ("embeddings",))
-        view.text.tokenizer.save(folder / "tokenizer.json")
+        if isinstance(view.text, TextTower):
+            _tokenizer(view.text).save_pretrained(folder)
 
 
 @torch.inference_mode()
 def compare(view: View, folder: Path) -> dict[str, float]:
     """Run the files on one and on several inputs; return the largest differences."""
-    differences: dict[str, float] = {}
     images = pictures(view, 5)
-    texts = None if view.text is None else view.text.encode(TEXTS)
-    for count in (1, 5):
-        found = _run(folder / "image.onnx", images[:count])
-        ours = ImageSide(view).eval()(images[:count].to(view.device))
-        for name, mine in zip(("features", "image vectors"), ours, strict=False):
-            theirs = found[0 if name == "features" else 1]
-            differences[name] = max(differences.get(name, 0.0), largest(mine.cpu(), theirs))
-        if texts is not None and view.text is not None:
-            mine = TextSide(view.text).eval()(texts[:count].to(view.device))[0].cpu()
-            difference = largest(mine, _run(folder / "text.onnx", texts[:count])[0])
-            differences["text vectors"] = max(differences.get("text vectors", 0.0), difference)
+    ours = [part.cpu() for part in ImageSide(view).eval()(images.to(view.device))]
+    names = ("features", "image vectors")[: len(ours)]
+    differences = dict.fromkeys(names, 0.0)
+    for count in (1, len(images)):
+        for name, mine, theirs in zip(names, ours, _run(folder / "image.onnx", images[:count]), strict=True):
+            differences[name] = max(differences[name], largest(mine[:count], theirs))
+    if view.text is not None:
+        texts, ids = view.encode_text(TEXTS), _ids(view.text, folder)
+        found = [_run(folder / "text.onnx", ids[:count])[0] for count in (1, len(ids))]
+        differences["text vectors"] = max(largest(texts[: len(theirs)], theirs) for theirs in found)
     return differences
 
 
@@ -104,9 +107,25 @@ def usage(view: View, folder: str) -> str:
     code = USAGE.format(folder=folder, size=view.preprocess.size)
     if view.text is None:
         return code
-    tokenizer, context = view.text.tokenizer, view.text.context
-    ids = {"pad": tokenizer.pad, "start": tokenizer.start, "end": tokenizer.end, "context": context}
-    return code + TEXT_USAGE.format(folder=folder, scale=view.logit_scale, bias=view.logit_bias, **ids)
+    of_text = TEXT_USAGE if isinstance(view.text, TextTower) else IDS_USAGE
+    numbers = {"scale": view.logit_scale, "bias": view.logit_bias, "context": view.text.context}
+    return code + of_text.format(folder=folder, **numbers)
+
+
+def _tokenizer(text: TextTower) -> Any:
+    return fast_tokenizer(text.tokenizer, text.context, text.config.pad_with_end)
+
+
+def _ids(text: TextEncoder, folder: Path) -> Tensor:
+    """Return the ids of `TEXTS` as the user of the export makes them."""
+    if not isinstance(text, TextTower):
+        return text.encode(TEXTS)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    frame = {"padding": "max_length", "truncation": True, "max_length": text.context}
+    ids: Tensor = tokenizer(list(TEXTS), **frame, return_tensors="pt").input_ids
+    return ids
 
 
 def _export(module: nn.Module, example: Tensor, path: Path, given: str, names: tuple[str, ...]) -> None:
@@ -137,6 +156,7 @@ def _export(module: nn.Module, example: Tensor, path: Path, given: str, names: t
 def _unfused(module: nn.Module) -> nn.Module:
     """Return a copy whose attention is written out: the exporter stumbles over PyTorch's with a bias."""
     copied = copy.deepcopy(module)
+    part: Any
     for part in copied.modules():
         if hasattr(part, "fused_attn"):
             part.fused_attn = False

@@ -125,10 +125,13 @@ def pretrained_cfg(name: str) -> dict[str, Any]:
     model = name.partition(".")[0]
     if not timm.is_model(model):
         raise UserError(f"timm has no model '{model}'.{did_you_mean(model, timm.list_models())}")
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is None:
-        known = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
-        raise UserError(f"timm has no weights '{name}': it has {', '.join(known) or 'none'} of '{model}'.")
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        raise UserError(
+            f"timm has no weights '{name}': it has {', '.join(timm.list_pretrained(f'{model}.*')) or 'none'}."
+        ) from None
+    assert cfg is not None, "timm has a description of every model"
     return asdict(cfg)
 
 
