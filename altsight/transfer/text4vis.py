@@ -92,6 +92,8 @@ class Text4Vis(Method):
         crop: Crop = field(default_factory=lambda: Crop(scale=(0.08, 1.0)))
         grayscale: float = 0.2
         shots: int = 0
+        shorter: int = 256
+        lda_videos: int = 60
 
     optim: ClassVar[OptimConfig] = OptimConfig(
         lr=5e-5, lr_base_batch=0, weight_decay=0.2, betas=(0.9, 0.999), warmup_fraction=5 / 30

@@ -132,11 +132,8 @@ class Video:
             labels, spoken = like.videos.classes, like.names
             check_labels(items, labels, where, all_have_folders=False)
         else:
-            listed = (
-                read_classes(names)
-                if names is not None
-                else {name: (name,) for name in sorted({i.label for i in items})}
-            )
+            occurring = sorted({item.label for item in items})
+            listed = {name: (name,) for name in occurring} if names is None else read_classes(names)
             labels, spoken = tuple(listed), tuple(found[-1] for found in listed.values())
             check_labels(items, labels, where)
         if len(labels) < 2:
@@ -159,6 +156,8 @@ class Video:
             crop=self.crop,
             grayscale=self.grayscale,
             shots=self.shots,
+            shorter=self.shorter,
+            lda_videos=self.lda_videos,
         )
         method = Text4Vis(config, ImageTower(view), matrix.to(view.device), view.logit_scale)
         method.init_weights(key(self.fit.seed, 0, "video"))
@@ -190,9 +189,9 @@ class Video:
     def _results(
         self, view: View, method: Text4Vis, matrix: Tensor, test: NamedVideos, halves: bool, after: str
     ) -> Iterator[Result]:
-        seen = see(method, test.videos, view.batch_size, self.crops)
+        seen, device = see(method, test.videos, view.batch_size, self.crops), method.logit_scale.device
         with torch.inference_mode():
-            logits = method.classify(seen.vectors.to(matrix.device), matrix.to(view.device)).cpu()
+            logits = method.classify(seen.vectors.to(device), matrix.to(device)).cpu()
         facts: dict[str, Any] = {
             "task": self.test.stem,
             "evaluator": "video",
