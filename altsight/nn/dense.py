@@ -53,7 +53,7 @@ def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
 
 def levels_of(depth: int) -> tuple[int, int, int, int]:
     """Return which blocks of a plain transformer the four maps come from: 3, 5, 7, 11 of 12; 7, 11, 15, 23 of 24."""
-    third, half, two_thirds = (max(int(depth * share) - 1, 0) for share in (1 / 3, 1 / 2, 2 / 3))
+    third, half, two_thirds = (max(blocks - 1, 0) for blocks in (depth // 3, depth // 2, 2 * depth // 3))
     return third, half, two_thirds, depth - 1
 
 
