@@ -7,17 +7,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from altsight.core.errors import UserError, did_you_mean
 from altsight.data.folder import appears_whole
-from altsight.evals.base import View
 from altsight.hub.card import card, of_run, of_weights
-from altsight.hub.dual import as_model
 from altsight.hub.load import describe, is_run
-from altsight.hub.parity import TEXTS, check, largest, pictures
+from altsight.hub.parity import check
 
 FORMATS = {
     "timm": ("timm_write", "timm"),
@@ -26,9 +20,11 @@ FORMATS = {
     "onnx": ("onnx", "onnxruntime"),
     "safetensors": ("own", "safetensors"),
 }
-"""Name of a format -> the module of this package that writes it, and the library that loads it."""
-DUAL = ("openclip", "huggingface")
-"""Formats of dual encoders, whose modules write a `Model` and load it back as a `Foreign`."""
+"""Name of a format -> the module of this package that writes it, and the library that loads it.
+
+A module has `write(view, folder)`, `compare(view, folder)`, which loads the folder with the library and returns the
+largest differences by what differs, and `usage(view, folder)`, the code that a user would run.
+"""
 
 
 @dataclass(frozen=True)
@@ -64,37 +60,9 @@ def export(source: str, to: str, out: Path, img_size: int = 0, results: Path | N
     module, library = FORMATS[to]
     writer: Any = import_module(f"altsight.hub.{module}")
     with appears_whole(out) as folder:
-        differences = (_dual if to in DUAL else _single)(writer, view, folder)
+        writer.write(view, folder)
+        differences: dict[str, float] = writer.compare(view, folder)
         check(differences, library)
-        usage = writer.usage(view, str(out)) if hasattr(writer, "usage") else writer.USAGE.format(folder=out)
+        usage: str = writer.usage(view, str(out))
         (folder / "README.md").write_text(card(view, origin, library, usage, differences), encoding="utf-8")
     return Exported(out, library, differences, usage)
-
-
-def _single(writer: Any, view: View, folder: Path) -> dict[str, float]:
-    writer.write(view, folder)
-    found: dict[str, float] = writer.compare(view, folder)
-    return found
-
-
-@torch.inference_mode()
-def _dual(writer: Any, view: View, folder: Path) -> dict[str, float]:
-    """Write a dual encoder and compare unit vectors of images and texts, each library with its own tokenizer."""
-    model = as_model(view)
-    writer.write(model, folder)
-    other = writer.load_back(folder)
-    images = view.encoder.normalize(pictures(view))
-    assert view.embed_image is not None, "as_model has made sure"
-    ours, theirs = _unit(view.embed_image(view.encoder(images))), _unit(other.image(images))
-    words, their_words = view.encode_text(TEXTS), _unit(other.text(TEXTS))
-    return {
-        "image vectors": largest(ours, theirs),
-        "text vectors": largest(words, their_words),
-        "cosines": largest(ours @ words.T, theirs @ their_words.T),
-        "logit scale (relative)": abs(other.scale / view.logit_scale - 1),
-        "logit bias": abs(other.bias - view.logit_bias),
-    }
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return F.normalize(vectors.float(), dim=-1)

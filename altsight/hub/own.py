@@ -72,6 +72,11 @@ def compare(view: View, folder: Path) -> dict[str, float]:
     return {"features": largest(ours_features, encoder.point(encoder(images), view.feature_point))}
 
 
+def usage(view: View, folder: str) -> str:
+    """Return Python code that reads features from the export in `folder`."""
+    return USAGE.format(folder=folder)
+
+
 def _settings(source: Source) -> dict[str, Any]:
     if source.path is None:
         return {}
