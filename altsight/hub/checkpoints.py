@@ -15,7 +15,7 @@ from torch import Tensor
 from altsight.core.errors import UserError
 from altsight.evals.base import Preprocess
 from altsight.hub.fill import filled, timm_point
-from altsight.hub.guess import Guess, Weights, beit, common, dinov2, is_beit, is_vit, plain_vit
+from altsight.hub.guess import FAMILIES, Guess, Weights, beit, common, dinov2, is_beit, is_vit, plain_vit
 from altsight.hub.model import Found, Model
 from altsight.hub.source import Source
 
@@ -48,7 +48,7 @@ def _inside(weights: Weights) -> tuple[str, dict[str, Tensor]]:
     """Return the prefix of the encoder's names, and its weights without it."""
     for prefix in PREFIXES:
         found = {_unchunked(name[len(prefix) :]): value for name, value in weights.items() if name.startswith(prefix)}
-        if is_vit(found) or (found and not prefix) or "conv1.weight" in found:
+        if found and (is_vit(found) or found.keys() & FAMILIES.keys() or not prefix):
             return prefix, found
     return "", dict(weights)
 
@@ -72,7 +72,7 @@ def _of_timm(weights: Weights, given: str) -> Guess:
 def _of_vit(prefix: str, weights: dict[str, Tensor], content: Mapping[str, object]) -> Guess:
     if is_beit(weights):
         return beit(weights)
-    if "mask_token" in weights and any(".ls1." in name for name in weights):
+    if "register_tokens" in weights or ("mask_token" in weights and "blocks.0.ls1.gamma" in weights):
         return dinov2(weights)
     weights = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): value for name, value in weights.items()}
     config = plain_vit(weights)

@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from altsight.core.errors import UserError
 from altsight.nn.encoder import Encoder, EncoderConfig, FeaturePoint
 
+LAYERS = ("blocks.", "layers.", "stages.")
+TABLES = ("relative_position_index", "attn_mask", "relative_coords_table")
+"""What some keep among the weights and others compute."""
+
 
 def filled(config: EncoderConfig, weights: Mapping[str, Tensor], given: str) -> tuple[Encoder, tuple[str, ...]]:
     """Return the encoder of `config` with `weights` (timm's names), and the names that it has no place for.
 
     Raises:
-        UserError: a weight is missing or has another shape, or timm's model is of a kind that `Encoder` cannot serve.
+        UserError: a weight is missing, has another shape or belongs to a layer of another kind, or timm's model is of a
+            kind that `Encoder` cannot serve.
     """
     encoder = Encoder(config)
     own = encoder.backbone.state_dict()
@@ -33,9 +38,15 @@ def filled(config: EncoderConfig, weights: Mapping[str, Tensor], given: str) -> 
                 f"'{name}' in '{given}' is {tuple(weights[name].shape)}, and '{config.model}' has it as "
                 f"{tuple(value.shape)}: they are of another model; name theirs as timm:NAME=FILE."
             )
+    left = sorted(weights.keys() - own.keys())
+    if inner := [name for name in left if name.startswith(LAYERS) and not name.endswith(TABLES)]:
+        raise UserError(
+            f"the weights in '{given}' have '{inner[0]}' in their layers, which '{config.model}' has not: they are of "
+            "another model; name theirs as timm:NAME=FILE."
+        )
     encoder.backbone.load_state_dict({name: weights[name] for name in own})
     check_served(encoder)
-    return encoder.eval(), tuple(sorted(weights.keys() - own.keys()))
+    return encoder.eval(), tuple(left)
 
 
 def check_served(encoder: Encoder) -> None:

@@ -71,8 +71,8 @@ def plain_vit(weights: Weights, model: str = "") -> EncoderConfig:
     """Return the config of a ViT under timm's names, its sizes read off the weights; heads are 64 wide by custom.
 
     Args:
-        model: timm's model whose details it has; "": that of a plain ViT, or of DeiT III where the class token has no
-            row in the position table.
+        model: timm's model whose details it has; "": that of a plain ViT or, where the class token has no row in the
+            position table, of DINOv2 with registers or DeiT III.
 
     Raises:
         UserError: its patches do not form a square, or nothing says what its input size is.
@@ -80,7 +80,8 @@ def plain_vit(weights: Weights, model: str = "") -> EncoderConfig:
     width, patch = weights["patch_embed.proj.weight"].shape[0], weights["patch_embed.proj.weight"].shape[-1]
     side, rows = _side(weights)
     scales = "blocks.0.ls1.gamma" in weights
-    model = model or ("deit3_base_patch16_224" if scales and rows == 0 else "vit_base_patch16_224")
+    without_row = "vit_base_patch14_reg4_dinov2" if "reg_token" in weights else "deit3_base_patch16_224"
+    model = model or (without_row if scales and rows == 0 else "vit_base_patch16_224")
     return EncoderConfig(
         model,
         img_size=side * patch,

@@ -145,6 +145,17 @@ def test_beit_fine_tuned_has_a_table_in_every_block(tmp_path: Path) -> None:
     same(saved({"model": vit.state_dict() | head}, tmp_path / "beit_ft.pth"), vit, "pooled")
 
 
+def test_a_file_of_timms_dinov2_with_registers(tmp_path: Path) -> None:
+    vit = model("vit_base_patch14_reg4_dinov2", img_size=56, patch_size=14)
+    same(saved(vit.state_dict(), tmp_path / "reg4.pth"), vit)
+
+
+def test_layers_of_another_kind_are_not_passed_over(tmp_path: Path) -> None:
+    path = saved(model(qk_norm=True).state_dict(), tmp_path / "qk.pth")
+    with pytest.raises(UserError, match=r"'blocks.0.attn.k_norm.bias' in their layers"):
+        altsight.load(str(path))
+
+
 def test_deit_iii(tmp_path: Path) -> None:
     vit = model("deit3_base_patch16_224")
     state = {n.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for n, v in vit.state_dict().items()}

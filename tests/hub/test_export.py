@@ -19,7 +19,7 @@ from altsight.cli import run as altsight_command
 from altsight.core.errors import UserError
 from altsight.data.prepared import Prepared
 from altsight.hub import export as export_module
-from altsight.hub.export import export
+from altsight.hub.export import FORMATS, Exported, export
 from altsight.train.loop import pretrain
 from tests.contract.tiny import tiny_run
 
@@ -46,14 +46,6 @@ def vit_file(tmp_path: Path) -> Path:
     return tmp_path / "vit.pth"
 
 
-def snippet(folder: Path) -> str:
-    """Run the code of a model card as a user would, and return what it prints."""
-    code = "\n".join(re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("to", ["timm", "onnx", "safetensors"])
 def test_a_single_encoder(vit_file: Path, tmp_path: Path, to: str) -> None:
     out = tmp_path / "out"
@@ -66,32 +58,44 @@ def test_a_single_encoder(vit_file: Path, tmp_path: Path, to: str) -> None:
         assert before.preprocess == after.preprocess and before.feature_point == after.feature_point
 
 
-@pytest.mark.parametrize("to", ["timm", "openclip", "huggingface", "onnx", "safetensors"])
-def test_a_run_in_every_format(clip_run: Path, tmp_path: Path, to: str) -> None:
-    out = tmp_path / "out"
-    results = tmp_path / "results.json"
+@pytest.fixture(scope="module")
+def exported(clip_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    """Return the exports of the run in every format, with the same results for their cards."""
+    folder = tmp_path_factory.mktemp("exported")
     row = {"task": "emoji", "evaluator": "knn", "metric": "top-1", "value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-    results.write_text(json.dumps({"run": [row | {"split": "test"}]}))
-    done = export(str(clip_run), to, out, results=results)
-    assert max(done.differences.values()) <= 1e-4
-    snippet(out)
-    card = (out / "README.md").read_text()
+    (folder / "results.json").write_text(json.dumps({"run": [row | {"split": "test"}]}))
+    return {to: export(str(clip_run), to, folder / to, results=folder / "results.json") for to in FORMATS}
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_run_in_every_format(clip_run: Path, exported: dict[str, Exported], to: str) -> None:
+    done = exported[to]
+    assert max(done.differences.values()) <= 1e-5
+    card = (done.folder / "README.md").read_text()
     assert "method `clip`" in card and "[0.4, 0.6]" in card and '"name": "clip"' in card and "| data hash |" in card
     if to in ("openclip", "huggingface"):
-        before, after = altsight.load(clip_run), altsight.load(out)
+        before, after = altsight.load(clip_run), altsight.load(done.folder)
         assert (before.encode_text(["a dog"]) - after.encode_text(["a dog"])).abs().max() <= 1e-5
-        size = before.preprocess.size
-        images = PIXELS[:, :, :size, :size]
-        assert (before.encode_image(images) - after.encode_image(images)).abs().max() <= 1e-5
+        assert (before.encode_image(PIXELS) - after.encode_image(PIXELS)).abs().max() <= 1e-5
 
 
-def test_timm_reads_the_features_of_the_run_with_its_own_head(clip_run: Path, tmp_path: Path) -> None:
-    export(str(clip_run), "timm", tmp_path / "out")
+def test_the_code_of_every_model_card_runs(exported: dict[str, Exported], tmp_path: Path) -> None:
+    """All in one process, which imports the libraries once, but each in a namespace of its own."""
+    for to, done in exported.items():
+        code = re.findall(r"```python\n(.*?)```", (done.folder / "README.md").read_text(), re.DOTALL)
+        assert [block.strip() for block in code] == [done.usage.strip()]
+        (tmp_path / f"{to}.txt").write_text(code[0])
+    run = "import pathlib\nfor p in sorted(pathlib.Path('.').glob('*.txt')): exec(p.read_text(), {})\nprint('done')"
+    called = [sys.executable, "-W", "ignore", "-c", run]
+    done_all = subprocess.run(called, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done_all.returncode == 0 and done_all.stdout.endswith("done\n"), done_all.stderr
+
+
+def test_timm_reads_the_features_of_the_run_with_its_own_head(clip_run: Path, exported: dict[str, Exported]) -> None:
     view = altsight.load(clip_run)
-    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    images = PIXELS[:, :, : view.preprocess.size, : view.preprocess.size]
+    model = timm.create_model(f"local-dir:{exported['timm'].folder}", pretrained=True).eval()
     with torch.no_grad():
-        assert (model(view.encoder.normalize(images)) - view.features(images)).abs().max() <= 1e-5
+        assert (model(view.encoder.normalize(PIXELS)) - view.features(PIXELS)).abs().max() <= 1e-5
     config = timm.data.resolve_model_data_config(model)
     assert config["input_size"] == (3, view.preprocess.size, view.preprocess.size)
     assert config["crop_pct"] == 1.0 and tuple(config["mean"]) == (0.485, 0.456, 0.406)
