@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from altsight.core.config import OptimConfig
+from altsight.core.dist import world
 from altsight.core.errors import UserError
 from altsight.data.prepared import Prepared
 from altsight.data.sources import Source
 from altsight.data.views import Crop
 from altsight.evals.base import Result, View
+from altsight.evals.encoder_file import write_encoder
 from altsight.methods.base import Method
 from altsight.nn.encoder import Encoded, Encoder
 from altsight.nn.resample import resized
@@ -167,6 +169,12 @@ class ImageTower(nn.Module):
         found = torch.autograd.grad(vector.sum(), wanted, allow_unused=True)
         for parameter, gradient in zip(wanted, found, strict=True):
             parameter.requires_grad_(gradient is not None)
+
+
+def keep_encoder(view: View, encoder: Encoder, out: Path) -> None:
+    """Write what `view`'s encoder became to encoder.safetensors in `out`, which `altsight load` reads."""
+    if world().is_main:
+        write_encoder(with_view(view, encoder), out / "encoder.safetensors")
 
 
 def need_text(view: View, what: str) -> None:

@@ -12,7 +12,7 @@ from altsight.data.segmentation import read_splits
 from altsight.evals.base import Result, View
 from altsight.evals.segmentation import Windows, score
 from altsight.evals.zeroshot import words
-from altsight.transfer.base import FitConfig, ImageTower, fit, known_by, need_text, prepared_for
+from altsight.transfer.base import FitConfig, ImageTower, fit, keep_encoder, known_by, need_text, prepared_for
 from altsight.transfer.scoremaps import Prompting, ScoreMaps, check_dense
 from altsight.transfer.segmenter import Segmenter, check_segmenting
 
@@ -83,6 +83,7 @@ class DenseCLIP:
         data = prepared_for(training, Path(self.data), training.digest())
         trained = fit("denseclip", lambda: method, identity, self.optim, self.fit, data, out)
         assert isinstance(trained, Segmenter)
+        keep_encoder(view, trained.encoder, out)
         return score(
             trained.logits,
             validation,

@@ -24,7 +24,7 @@ from altsight.evals.bootstrap import LEVEL
 from altsight.evals.features import content_hash
 from altsight.nn.resample import resized
 from altsight.train.log import progress_bar
-from altsight.transfer.base import FitConfig, fit, known_by, prepared_for
+from altsight.transfer.base import FitConfig, fit, keep_encoder, known_by, prepared_for
 from altsight.transfer.detector import Detections, Detector, DetectorConfig
 
 Kind = Literal["bbox", "segm"]
@@ -77,6 +77,7 @@ class Detect:
         train, test = (open_coco(Path(self.data), split) for split in (self.train, self.test))
         self._check(train, test)
         method = self._fit(view, train, out)
+        keep_encoder(view, method.encoder, out)
         found = predict(method, test)
         if world().is_main:
             write_json(out / "predictions.json", found)

@@ -16,7 +16,7 @@ from altsight.nn.dense import LinearHead, is_plain
 from altsight.nn.encoder import Encoder
 from altsight.nn.resample import resized
 from altsight.nn.upernet import UPerNet
-from altsight.transfer.base import FitConfig, fit, known_by, prepared_for
+from altsight.transfer.base import FitConfig, fit, keep_encoder, known_by, prepared_for
 from altsight.transfer.segmenter import Segmenter, check_segmenting
 
 FIT = FitConfig(epochs=160_000 * 16 / 20_210, batch=16)
@@ -74,6 +74,8 @@ class Segment:
         data = prepared_for(training, Path(self.data), training.digest())
         trained = fit("segment", lambda: method, identity, self._optim(view.encoder), self.fit, data, out)
         assert isinstance(trained, Segmenter)
+        if self.head == "upernet":
+            keep_encoder(view, trained.encoder, out)
         return score(
             trained.logits,
             validation,

@@ -21,7 +21,16 @@ from altsight.evals.base import Result, Split, View
 from altsight.evals.bootstrap import class_interval, scored
 from altsight.evals.features import content_hash, extract, joint_vectors, labels_of, left_out
 from altsight.evals.zeroshot import classifier
-from altsight.transfer.base import FitConfig, ImageTower, fit, known_by, need_text, prepared_for, with_view
+from altsight.transfer.base import (
+    FitConfig,
+    ImageTower,
+    fit,
+    keep_encoder,
+    known_by,
+    need_text,
+    prepared_for,
+    with_view,
+)
 from altsight.transfer.must import MUST, MUSTConfig
 
 
@@ -55,6 +64,7 @@ class SelfTrain:
         names = self._names(test)
         digest = content_hash(sorted(images.parts().items()))
         method = self_train(view, images, tuple(names.values()), self, digest, out)
+        keep_encoder(view, method.encoder, out)
         if test is None:
             return []
         trained = [(view, classifier(view, tuple(names.values()), self.prompts)), *classifiers(method, view)]

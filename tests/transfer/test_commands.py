@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
+import altsight
 from altsight.cli import run
 from altsight.core.config import read_json
 from altsight.data.canvas import write_canvases
@@ -21,9 +23,11 @@ from altsight.data.clips import write_moving
 from altsight.data.scenes import Scenes, write_ade20k, write_coco
 from altsight.data.shapes import Shapes
 from altsight.data.stamps import stamps_of
+from altsight.nn.resample import resized
 from altsight.train.log import read_log
 from altsight.transfer import TRANSFERS
-from tests.toy import write_toy_run
+from altsight.transfer.base import with_view
+from tests.toy import toy_clip, write_toy_run
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--fit.precision", "fp32", "--fit.workers", "0", "--fit.device", "cpu"]
@@ -127,6 +131,15 @@ def test_every_number_tells_what_it_is(
             assert result[field], field
         assert result["n"] > 0 and "seed" in result["extra"]
         assert (result["low"] is not None and result["low"] <= result["value"] <= result["high"]) or result["note"]
+
+
+@pytest.mark.parametrize("name", ["finetune", "segment", "denseclip", "detect", "selftrain"])
+def test_the_tuned_encoder_is_left_as_weights(name: str, made: Path, tmp_path: Path) -> None:
+    assert transfer(name, made, tmp_path) == 0
+    tuned, original = altsight.load(tmp_path / "encoder.safetensors"), toy_clip()
+    images = torch.stack([tuned.preprocess(Shapes(4).image(i)) for i in range(4)])
+    resized_alike = with_view(original, resized(original.encoder, img_size=tuned.preprocess.size))
+    assert not torch.allclose(tuned.features(images), resized_alike.features(images), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TRANSFERS)
