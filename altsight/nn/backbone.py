@@ -132,4 +132,5 @@ def family(model: str) -> str:
 
 def has_fixed_size(model: str) -> bool:
     """Return whether timm builds `model` for images of one size."""
-    return bool(timm.get_pretrained_cfg(model).fixed_input_size)
+    config = timm.get_pretrained_cfg(model)
+    return config is not None and bool(config.fixed_input_size)
