@@ -22,7 +22,7 @@ from tests.toy import toy_clip
 
 pytestmark = pytest.mark.slow
 
-TRAIN, TEST, STEPS, BATCH = 300, 60, 320, 16
+TRAIN, TEST, STEPS, BATCH = 300, 60, 480, 16
 
 
 def trained(data: Path, out: Path, auxiliary: float, seed: int) -> tuple[Result, Segmenter]:
