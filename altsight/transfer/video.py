@@ -22,7 +22,7 @@ from altsight.evals.classes import words
 from altsight.evals.templates import check_prompts
 from altsight.evals.zeroshot import class_vectors
 from altsight.train.run import weights_hash
-from altsight.transfer.base import FitConfig, ImageTower, fit, need_text, prepared_for
+from altsight.transfer.base import FitConfig, ImageTower, fit, keep_encoder, need_text, prepared_for
 from altsight.transfer.classifiers import ClassifierInit, discriminants, normal, orthogonal
 from altsight.transfer.text4vis import TemporalConfig, Text4Vis
 from altsight.transfer.video_scores import half_classes, score, see
@@ -171,6 +171,7 @@ class Video:
         data = prepared_for(videos, self.data, videos.digest())
         trained = fit("video", lambda: method, method.config, self.optim, self.fit, data, out)
         assert isinstance(trained, Text4Vis)
+        keep_encoder(view, trained.encoder, out)
         return trained
 
     def _matrix(self, view: View, train: NamedVideos, untrained: Text4Vis) -> Tensor:

@@ -286,7 +286,7 @@ def test_training_and_its_results(view: View, videos: Path, tmp_path: Path) -> N
     for result in results:
         assert result.n == 24 and result.low is not None and result.preprocess and result.data and result.feature_point
         assert result.extra["seed"] == 0
-    assert (tmp_path / "out" / "run.json").exists() and (tmp_path / "out" / "log.jsonl").exists()
+    assert all((tmp_path / "out" / name).exists() for name in ("run.json", "log.jsonl", "encoder.safetensors"))
     assert all(torch.equal(value, before[name]) for name, value in view.encoder.state_dict().items())
     again = video(videos)(view, tmp_path / "out")
     assert [r.value for r in again] == [r.value for r in results], "the same command again trains nothing"
