@@ -23,7 +23,7 @@ def filled(config: EncoderConfig, weights: Mapping[str, Tensor], given: str) -> 
         UserError: a weight is missing, has another shape or belongs to a layer of another kind, or timm's model is of a
             kind that `Encoder` cannot serve.
     """
-    encoder = Encoder(config)
+    encoder = _built(config)
     own = encoder.backbone.state_dict()
     missing = sorted(own.keys() - weights.keys())
     if missing:
@@ -47,6 +47,15 @@ def filled(config: EncoderConfig, weights: Mapping[str, Tensor], given: str) -> 
     encoder.backbone.load_state_dict({name: weights[name] for name in own})
     check_served(encoder)
     return encoder.eval(), tuple(left)
+
+
+def _built(config: EncoderConfig) -> Encoder:
+    try:
+        return Encoder(config)
+    except AttributeError as error:
+        raise UserError(
+            f"timm's '{config.model}' is a ViT of a kind that Altsight's encoders do not know ({error}): use another."
+        ) from None
 
 
 def check_served(encoder: Encoder) -> None:

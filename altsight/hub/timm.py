@@ -17,7 +17,8 @@ from altsight.evals.base import Preprocess
 from altsight.hub.fill import filled, timm_point
 from altsight.hub.model import Found, Model
 from altsight.hub.source import Source
-from altsight.nn.encoder import Encoder, EncoderConfig, FeaturePoint
+from altsight.nn.backbone import create_backbone
+from altsight.nn.encoder import EncoderConfig, FeaturePoint
 
 ARGUMENTS = {
     "img_size": "img_size",
@@ -166,7 +167,7 @@ def _side(value: Any) -> Any:
 def converted(weights: dict[str, Tensor], config: EncoderConfig) -> Mapping[str, Tensor]:
     """Return `weights` as the model's own state has them; timm knows the names that the authors' files have."""
     with torch.device("meta"):
-        backbone = Encoder(config).backbone
+        backbone = create_backbone(config)
     convert = getattr(import_module(type(backbone).__module__), "checkpoint_filter_fn", None)
     found: Mapping[str, Tensor] = weights if convert is None else convert(weights, backbone)
     return found

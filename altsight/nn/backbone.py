@@ -78,12 +78,20 @@ def _check(config: EncoderConfig) -> None:
         raise UserError(f"timm has no model '{config.model}'.{_near_models(config.model)}")
     statistics(config.normalization)
     patch = config.patch_size or _default_patch(config.model)
-    if patch and config.img_size % patch:
+    if patch and config.img_size % patch and not _cuts_a_margin(config):
         lower = config.img_size // patch * patch
         raise UserError(
             f"the image size {config.img_size} is not divisible by the patch size {patch}: use "
             f"--encoder.img-size {lower or patch} or {lower + patch}, or another --encoder.patch-size."
         )
+
+
+def _cuts_a_margin(config: EncoderConfig) -> bool:
+    """Return whether timm itself has the model at a size whose last pixels no patch covers (So400m/14 at 384)."""
+    cfg, patch = timm.get_pretrained_cfg(config.model), _default_patch(config.model)
+    if cfg is None or patch is None or config.patch_size not in (None, patch):
+        return False
+    return bool(config.img_size == cfg.input_size[-1] and config.img_size % patch)
 
 
 def _near_models(name: str) -> str:
@@ -118,7 +126,7 @@ def _arguments(config: EncoderConfig) -> dict[str, Any]:
     if kind in ("vision_transformer", "deit"):
         arguments |= {
             "reg_tokens": config.registers or None,
-            "dynamic_img_size": True,
+            "dynamic_img_size": not _cuts_a_margin(config),
             "pre_norm": config.pre_norm or None,
             "act_layer": QuickGELU if config.quick_gelu else None,
         }

@@ -57,6 +57,16 @@ def test_the_same_features_as_timm(tmp_path: Path, name: str) -> None:
     assert config["interpolation"] == view.preprocess.interpolation
 
 
+def test_a_size_that_the_patches_do_not_divide_is_as_timm_has_it() -> None:
+    small: dict[str, Any] = {"width": 64, "depth": 1, "heads": 2}
+    encoder = Encoder(EncoderConfig("vit_so400m_patch14_siglip_384", 384, positions="learned", **small)).eval()
+    pixels = torch.rand(1, 3, 384, 384)
+    with torch.no_grad():
+        encoded = encoder(pixels)
+        assert encoder.num_patches == encoded.patches.shape[1] == 27 * 27
+        assert torch.equal(encoder.point(encoded, "pooled"), encoder.backbone(pixels))
+
+
 def test_a_folder_that_timm_saved_at_its_size_and_at_another(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=56, depth=2, embed_dim=96, num_heads=3).eval()
@@ -137,6 +147,11 @@ def test_wrong_names_are_refused_in_one_line(source: str, words: str) -> None:
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        parallel = timm.create_model("vit_small_patch16_18x2_224").state_dict()
+    torch.save({name: torch.zeros(()).expand(value.shape) for name, value in parallel.items()}, tmp_path / "18x2.pth")
+    with pytest.raises(UserError, match="a ViT of a kind"):
+        altsight.load(f"timm:vit_small_patch16_18x2_224={tmp_path / '18x2.pth'}")
     for name in ("pit_ti_224", "vit_tiny_patch16_224"):
         torch.save(timm.create_model(name).state_dict(), tmp_path / f"{name}.pth")
     with pytest.raises(UserError, match="does not hand out its tokens"):
