@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from altsight.core.config import from_dict
 from altsight.core.errors import UserError
 from altsight.evals.base import Preprocess, View
+from altsight.evals.encoder_file import SETTINGS, write_encoder
 from altsight.hub.model import Found, Model
 from altsight.hub.parity import largest, pictures
 from altsight.hub.source import Source
 from altsight.nn.encoder import Encoder, EncoderConfig
 
 FILE = "encoder.safetensors"
-SETTINGS = "altsight"
-"""Entry of the metadata: JSON with the encoder's config, the preprocessing and the feature point."""
 USAGE = """import altsight
 from PIL import Image
 
@@ -53,13 +50,7 @@ def read(source: Source) -> Model:
 
 def write(view: View, folder: Path) -> None:
     """Write the encoder of `view`; a text tower and projections stay behind."""
-    settings = {
-        "encoder": asdict(view.encoder.config),
-        "preprocess": asdict(view.preprocess),
-        "feature_point": view.feature_point,
-    }
-    weights = {name: value.cpu().contiguous() for name, value in view.encoder.state_dict().items()}
-    save_file(weights, folder / FILE, metadata={SETTINGS: json.dumps(settings)})
+    write_encoder(view, folder / FILE)
 
 
 @torch.inference_mode()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -57,6 +58,8 @@ class FitConfig:
     """Processes that decode ahead; the samples do not depend on it."""
     checkpoint_every: int = 50_000
     """Samples between checkpoints; one is written at the end in any case."""
+    max_bad_fraction: float = 0.05
+    """The training stops when more than this share of the samples had to be replaced."""
 
     def samples(self, size: int) -> int:
         """Return the samples seen in training on a set of `size`: whole batches, at least one."""
@@ -113,7 +116,9 @@ def fit(
         method=settings,
         optim=optim,
         encoder=method.encoder.config,
-        data=DataConfig(path=str(data.directory), crop=Crop(), workers=how.workers),
+        data=DataConfig(
+            path=str(data.directory), crop=Crop(), workers=how.workers, max_bad_fraction=how.max_bad_fraction
+        ),
         train=TrainConfig(
             samples=how.samples(len(data.source)),
             batch=how.batch,
@@ -125,11 +130,24 @@ def fit(
             checkpoint_every=how.checkpoint_every,
         ),
     )
-    train(run, lambda: method, data, out, probe)
+    try:
+        train(run, lambda: method, data, out, probe)
+    except UserError as error:
+        raise UserError(_with_own_flags(str(error))) from None
     state = load_latest(out / "checkpoints", console.print)
     assert state is not None, "a finished run has a checkpoint"
     method.load_state_dict(state["ema"] or state["method"])
     return method.to(pick_device(how.device)).eval()
+
+
+def _with_own_flags(message: str) -> str:
+    """Return a message of the loop with its settings under the names that they have in a transfer."""
+    known = {field.name.replace("_", "-") for field in fields(FitConfig)}
+
+    def renamed(flag: re.Match[str]) -> str:
+        return f"--fit.{flag[1]}" if flag[1] in known else flag[0]
+
+    return re.sub(r"--(?:train|data)\.([a-z-]+)", renamed, message)
 
 
 class ImageTower(nn.Module):
@@ -154,21 +172,29 @@ class ImageTower(nn.Module):
         )
         self.encoder = own
         self.owner: nn.Module = self.embed_image.__self__  # type: ignore[attr-defined]
-        self._freeze_unused()
+        freeze_unused(self, self, self.encoder)
 
     def forward(self, encoded: Encoded) -> Tensor:
         """Return the vectors (B, E) of encoded images."""
         return self.embed_image(encoded)
 
-    def _freeze_unused(self) -> None:
-        size = self.encoder.config.img_size
-        device = next(self.encoder.parameters()).device
-        with torch.enable_grad():
-            vector = self(self.encoder(torch.zeros(1, 3, size, size, device=device)))
-        wanted = [p for p in self.parameters() if p.requires_grad]
-        found = torch.autograd.grad(vector.sum(), wanted, allow_unused=True)
-        for parameter, gradient in zip(wanted, found, strict=True):
-            parameter.requires_grad_(gradient is not None)
+
+@torch.enable_grad()
+def freeze_unused(module: nn.Module, read: Callable[[Encoded], Tensor], encoder: Encoder) -> None:
+    """Freeze the parameters of `module` that what is read of an encoded image does not depend on.
+
+    Ranks wait for the gradient of every parameter that is trained, and weight decay must not shrink what has none.
+    """
+    size = encoder.config.img_size
+    images = torch.zeros(1, 3, size, size, device=next(encoder.parameters()).device)
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    training = module.training
+    # Running statistics of batch norm must not see the empty image.
+    module.eval()
+    found = torch.autograd.grad(read(encoder(images)).sum(), wanted, allow_unused=True)
+    module.train(training)
+    for parameter, gradient in zip(wanted, found, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 def keep_encoder(view: View, encoder: Encoder, out: Path) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from altsight.core.config import OptimConfig
 from altsight.core.rng import key
 from altsight.data.mask_views import MaskView
@@ -16,7 +18,7 @@ from altsight.nn.dense import LinearHead, is_plain
 from altsight.nn.encoder import Encoder
 from altsight.nn.resample import resized
 from altsight.nn.upernet import UPerNet
-from altsight.transfer.base import FitConfig, fit, keep_encoder, known_by, prepared_for
+from altsight.transfer.base import FitConfig, fit, freeze_unused, keep_encoder, known_by, prepared_for
 from altsight.transfer.segmenter import Segmenter, check_segmenting
 
 FIT = FitConfig(epochs=160_000 * 16 / 20_210, batch=16)
@@ -95,6 +97,9 @@ class Segment:
         else:
             decoder = UPerNet(own, classes, self.channels or (own.width if is_plain(own) else 512))
         decoder.init_weights(key(self.fit.seed, 0, "init").child("decoder"))
+        if not linear:
+            # UPerNet reads layers from before the last norm.
+            freeze_unused(own, lambda encoded: torch.stack([layer.mean() for layer in encoded.layers]), own)
         return Segmenter(own, decoder, self.view, None if linear else AUXILIARY, frozen=linear)
 
     def _optim(self, encoder: Encoder) -> OptimConfig:

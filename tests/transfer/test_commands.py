@@ -179,7 +179,7 @@ def test_two_ranks_find_what_one_does(name: str, made: Path, tmp_path: Path) -> 
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for ranks, launcher in ((1, []), (2, torchrun)):
-        command = [sys.executable, *launcher, "-m", "altsight", "transfer", name, str(made / "toy")]
+        command = [sys.executable, *launcher, "-m", "tests.transfer.without_draws", "transfer", name, str(made / "toy")]
         command += ["--out", str(tmp_path / str(ranks)), *settings(name, made)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
