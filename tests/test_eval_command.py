@@ -178,3 +178,11 @@ def test_mistakes_are_one_sentence(data: Path, clip: str, capsys: pytest.Capture
     fails(capsys, [*asked, "--data", folder, "--classes", str(data / "few.txt")], "2 names for 3 labels")
     fails(capsys, [*asked, "--data", folder, "--subset", "imagenet-r"], "imagenet-r", "no class")
     assert not out.exists()
+
+
+def test_zero_shot_without_a_text_tower(mae: str, clip: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--data", str(data / "test"), "--evaluators", "zeroshot"]
+    fails(capsys, ["eval", mae, *asked], "zeroshot cannot be measured", "no text tower")
+    # Beside weights that have one it is a row of the table.
+    assert run(["eval", mae, clip, *asked]) == 0
+    assert "n/a" in capsys.readouterr().out

@@ -151,6 +151,7 @@ def evaluate_runs(argv: Sequence[str]) -> int:
             view = replace(load_view(source), store=options.features)
             results = evaluate_shown(view, tasks, options.evaluators or None)
             found[source] = [asdict(r) for r in results]
+        _require_a_number(found, options.evaluators)
         if dist.world().is_main:
             print_results(found)
             if options.out is not None:
@@ -158,6 +159,17 @@ def evaluate_runs(argv: Sequence[str]) -> int:
     finally:
         dist.stop()
     return 0
+
+
+def _require_a_number(found: dict[str, list[dict[str, Any]]], evaluators: Sequence[str]) -> None:
+    """Raise UserError if the `evaluators` that were asked for apply to none of the weights."""
+    results = [result for of_weights in found.values() for result in of_weights]
+    if evaluators and results and all(result["value"] is None for result in results):
+        reason = results[0]["note"].removeprefix("not applicable: ")
+        raise UserError(
+            f"{' and '.join(evaluators)} cannot be measured on {', '.join(found)} ({reason}): give other weights, or "
+            "other --evaluators."
+        )
 
 
 def print_results(found: dict[str, list[dict[str, Any]]]) -> None:
