@@ -17,13 +17,15 @@ from altsight.core.rng import Key, key, torch_seeded
 from altsight.core.types import Batch, Outputs
 from altsight.data.shapes import CLASSES, Shapes
 from altsight.data.views import Crop
+from altsight.evals import evaluate
 from altsight.evals.base import View
 from altsight.methods.base import Method
 from altsight.methods.supervised import SupervisedPrepare
-from altsight.nn.encoder import Encoder
+from altsight.nn.encoder import Encoder, EncoderConfig
 from altsight.nn.resample import resized
 from altsight.transfer import find
-from altsight.transfer.base import FitConfig, ImageTower, fit, prepared_for, with_view
+from altsight.transfer.base import FitConfig, ImageTower, fit, freeze_unused, prepared_for, with_view
+from tests.behaviour.conftest import shapes_task
 from tests.toy import toy_clip
 
 
@@ -85,6 +87,30 @@ def pictures(n: int = 6) -> Tensor:
     view = toy_clip()
     source = Shapes(n, seed=7)
     return torch.stack([view.preprocess(source.image(i)) for i in range(n)])
+
+
+def test_the_toy_knows_its_shapes() -> None:
+    """What docs/results/transfer.md says of it, on 600 shapes that its training has not seen."""
+    top1 = evaluate(toy_clip(), [shapes_task()], ["zeroshot"])[0]
+    assert top1.metric == "top1" and top1.value == pytest.approx(0.688, abs=0.005)
+
+
+def test_batch_norm_does_not_see_the_image_that_unused_parameters_are_found_with() -> None:
+    encoder = Encoder(EncoderConfig("resnet18", img_size=32))
+    encoder.init_weights(key(0, 0))
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    freeze_unused(encoder, lambda encoded: encoded.layers[0], encoder.train())
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert encoder.training
+    trained = {name for name, p in encoder.named_parameters() if p.requires_grad}
+    assert "backbone.conv1.weight" in trained and not any("layer4" in name for name in trained)
+
+
+def test_messages_of_the_loop_name_the_settings_of_a_transfer(tmp_path: Path) -> None:
+    view, data = toy_clip(), prepared_for(Shapes(8), Path("shapes"), "shapes")
+    how = FitConfig(epochs=1, batch=8, workers=-1)
+    with pytest.raises(UserError, match=r"--fit\.workers 0"):
+        fit("heads", lambda: Heads(resized(view.encoder)), Settings(), Heads.optim, how, data, tmp_path)
 
 
 def test_image_tower_is_the_image_side() -> None:
