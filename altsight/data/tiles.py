@@ -147,9 +147,9 @@ def _load_coords(path: Path) -> npt.NDArray[Any]:
         return np.stack([np.atleast_1d(table[name]) for name in ("x", "y")], axis=1)
     if path.suffix == ".h5":
         try:
-            import h5py  # type: ignore[import-not-found, unused-ignore]
+            import h5py
         except ModuleNotFoundError:
-            raise UserError(f"'{path}' needs h5py: `pip install h5py`, or convert it to .npy.") from None
+            raise UserError(f"'{path}' needs h5py: `pip install 'altsight[slides]'`, or convert it to .npy.") from None
         with h5py.File(path) as file:
             return np.asarray(file["coords"])
     raise ValueError("known are .npy, .csv and .h5")

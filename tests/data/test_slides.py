@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import pytest
 import tifffile
+from skimage import filters
 
 from altsight.core.errors import UserError
 from altsight.data.slide import PictureSlide, Slide, TiffSlide, VendorSlide, open_slide, thumbnail
@@ -142,7 +144,6 @@ def test_thumbnail_is_the_picture_made_small(tmp_path: Path) -> None:
 
 
 def test_otsu_equals_scikit_image() -> None:
-    filters = pytest.importorskip("skimage.filters")
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(60, 12, 700), rng.normal(190, 20, 300)]).clip(0, 255).astype(np.int64)
     assert otsu(values) == filters.threshold_otsu(values.astype(np.uint8))
@@ -173,7 +174,6 @@ def test_coordinates_of_other_programs(tmp_path: Path) -> None:
 
 
 def test_coordinates_of_clam(tmp_path: Path) -> None:
-    h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["coords"] = np.array([[0, 64], [128, 0]])
     assert read_coords(tmp_path / "a.h5").tolist() == [[0, 64], [128, 0]]
