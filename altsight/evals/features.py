@@ -146,6 +146,8 @@ def labels_of(split: Split, field: str) -> list[str]:
 
     def read(i: int) -> str:
         value = split.source.fields(i).get(field)
+        if isinstance(value, list):
+            raise UserError(f"the field '{field}' of {split.source.name(i)} is a list: set multi_label = true.")
         return "" if value is None else str(value)
 
     return _each(split, f"labels/{field}", read)

@@ -85,7 +85,8 @@ class TaskConfig:
         changes = {name: path(getattr(self, name)) for name in PATHS}
         for name in FILES:
             word = getattr(self, name)
-            changes[name] = str(folder / word) if word and (folder / word).exists() else word
+            # Only files: a folder "imagenet" beside the file of tasks is the data, and the word a name.
+            changes[name] = str(folder / word) if word and (folder / word).is_file() else word
         return replace(self, ratings=tuple(map(path, self.ratings)), **changes)  # type: ignore[arg-type]
 
 
@@ -203,6 +204,10 @@ def _check(config: TaskConfig) -> None:
         raise UserError(f"{where} has `sugarcrepe` but no `images`: give the folder of COCO's val2017.")
     if config.ratings and not config.image_id:
         raise UserError(f"{where} has `ratings` but no `image_id`: name the JSON field with the images' ids.")
+    if config.trim < 0:
+        raise UserError(f"{where} has trim = {config.trim}: it is how many pixels are cut off, so 0 or more.")
+    if config.templates and config.prompts != TaskConfig.prompts:
+        raise UserError(f"{where} has both `prompts` and `templates`: give one of them.")
     if config.caption_prompt.count("{}") != 1:
         raise UserError(f"{where}: caption_prompt '{config.caption_prompt}' needs one {{}} where the caption goes.")
     for metric in config.metrics:

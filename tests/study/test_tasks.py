@@ -83,6 +83,8 @@ def test_a_task_is_compared_with_its_clean_one(birds: Path) -> None:
         ({"name": "t", "test": "x", "ratings": ("r.csv",)}, "has `ratings` but no `image_id`"),
         ({"name": "t", "test": "x", "metrics": ("top2",)}, "no metric 'top2'"),
         ({"name": "t", "test": "x", "caption_prompt": "a photo of"}, "needs one {} where the caption goes"),
+        ({"name": "t", "test": "x", "trim": -1}, "has trim = -1"),
+        ({"name": "t", "test": "x", "prompts": ("a {}",), "templates": "imagenet"}, "both `prompts` and `templates`"),
         ({"name": "t", "test": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"name": "t", "winoground": "/nowhere/at/all"}, "examples.jsonl' cannot be read"),
     ],
@@ -99,6 +101,22 @@ def test_a_label_without_a_name_is_refused_before_any_evaluation(birds: Path) ->
     (birds / "names.txt").write_text("tit\nowl\ntit\n")
     with pytest.raises(UserError, match="names two labels 'tit'"):
         open_task(config(birds, classes=str(birds / "names.txt")))
+
+
+def test_a_folder_of_data_does_not_hide_the_names_of_its_classes_and_templates(birds: Path) -> None:
+    (birds / "imagenet").mkdir()
+    (birds / "tasks.toml").write_text(
+        '[[tasks]]\nname = "a"\ntest = "birds"\nclasses = "imagenet"\ntemplates = "imagenet"\n'
+    )
+    (found,) = read_tasks(birds / "tasks.toml")
+    assert (found.classes, found.templates) == ("imagenet", "imagenet")
+
+
+def test_a_list_of_labels_is_not_taken_for_one(birds: Path) -> None:
+    (birds / "list.jsonl").write_text(json.dumps({"path": "birds/n01/0.png", "kinds": ["owl", "bird"]}))
+    task = open_task(TaskConfig("t", test=str(birds / "list.jsonl"), label="kinds"))
+    with pytest.raises(UserError, match=r"'kinds' of .*list\.jsonl.* is a list: set multi_label"):
+        classes_of(task)
 
 
 @pytest.mark.parametrize(
