@@ -106,9 +106,11 @@ def _synsets(file: str) -> list[str]:
 def _read(source: str, what: str) -> Any:
     """Return the mapping or list in a JSON file, or the lines of any other."""
     try:
-        text = Path(source).read_text(encoding="utf-8")
+        text = Path(source).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"'{source}', the file with {what}, cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise UserError(f"'{source}', the file with {what}, is no UTF-8 text: save it as UTF-8.") from None
     if not source.endswith(".json"):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:

@@ -158,6 +158,8 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}): see docs/evaluation.md for its layout.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"'{path}' is no UTF-8 text: save it as UTF-8.") from None
 
 
 def _row(line: str, path: Path, number: int, fields: Sequence[str]) -> dict[str, Any]:

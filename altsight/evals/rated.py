@@ -81,10 +81,12 @@ def read_ratings(paths: Sequence[str]) -> tuple[Rating, ...]:
     found = []
     for path in paths:
         try:
-            with open(path, encoding="utf-8", newline="") as file:
+            with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file))
         except OSError as error:
             raise UserError(f"the ratings '{path}' cannot be read ({error.strerror}).") from None
+        except UnicodeDecodeError:
+            raise UserError(f"the ratings '{path}' are no UTF-8 text: save them as UTF-8.") from None
         columns = list(rows[0])[:2] if rows else []
         kinds = [re.sub(r"\d+$", "", column) for column in columns]
         if len(kinds) < 2 or any(kind not in KINDS for kind in kinds) or "agg_score" not in rows[0]:

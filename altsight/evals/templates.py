@@ -25,7 +25,11 @@ def templates(name: str) -> tuple[str, ...]:
         UserError: there is no such set or file, a library is missing, or a template has not one place for the name.
     """
     if Path(name).is_file():
-        lines = (line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines())
+        try:
+            text = Path(name).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"the templates '{name}' are no UTF-8 text: save them as UTF-8.") from None
+        lines = (line.strip() for line in text.splitlines())
         return check_prompts(tuple(line.replace("{c}", "{}") for line in lines if line), f"'{name}': ")
     if name in IMAGENET:
         return _of_open_clip(name)

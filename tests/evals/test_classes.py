@@ -13,7 +13,8 @@ from altsight.evals.templates import templates
 
 
 def write(path: Path, content: object) -> str:
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    text = content if isinstance(content, bytes | str) else json.dumps(content)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
     return str(path)
 
 
@@ -42,6 +43,7 @@ def test_a_json_object_names_labels(tmp_path: Path) -> None:
         ("names.txt", "owl", "holds 1 names for 2 labels"),
         ("names.json", {"a": "owl", "b": " "}, "'b' an empty name"),
         ("names.json", "{", "is no JSON"),
+        ("names.txt", "Eule\nM\u00e4use".encode("latin-1"), "is no UTF-8 text"),
         ("names.json", "3", "must hold a JSON object or list"),
     ],
 )
@@ -93,3 +95,5 @@ def test_templates_of_a_file(tmp_path: Path) -> None:
         templates(write(tmp_path / "t.txt", "a photo\n"))
     with pytest.raises(UserError, match=r"no file or set of templates 'imagnet'\. Did you mean 'imagenet'"):
         templates("imagnet")
+    with pytest.raises(UserError, match="no UTF-8 text"):
+        templates(write(tmp_path / "l.txt", "un \u00e9l\u00e9phant {}".encode("latin-1")))
