@@ -151,9 +151,11 @@ def evaluate_runs(argv: Sequence[str]) -> int:
             view = replace(load_view(source), store=options.features)
             results = evaluate_shown(view, tasks, options.evaluators or None)
             found[source] = [asdict(r) for r in results]
-        _require_a_number(found, options.evaluators)
+        idle = _require_a_number(found, options.evaluators)
         if dist.world().is_main:
             print_results(found)
+            if idle:
+                Console().print(f"nothing to measure for {' and '.join(idle)}: {NEEDS}")
             if options.out is not None:
                 write_json(options.out, found)
     finally:
@@ -161,15 +163,26 @@ def evaluate_runs(argv: Sequence[str]) -> int:
     return 0
 
 
-def _require_a_number(found: dict[str, list[dict[str, Any]]], evaluators: Sequence[str]) -> None:
-    """Raise UserError if the `evaluators` that were asked for apply to none of the weights."""
+NEEDS = "the tasks lack what docs/evaluation.md says that it takes (labels, training images, captions ...)"
+
+
+def _require_a_number(found: dict[str, list[dict[str, Any]]], evaluators: Sequence[str]) -> list[str]:
+    """Return those of the `evaluators` asked for that found nothing to measure in any of the tasks.
+
+    Raises:
+        UserError: none of them did, or none applies to any of the weights.
+    """
     results = [result for of_weights in found.values() for result in of_weights]
-    if evaluators and results and all(result["value"] is None for result in results):
+    idle = [name for name in evaluators if all(result["evaluator"] != name for result in results)]
+    if evaluators and not results:
+        raise UserError(f"there is nothing to measure for {' and '.join(evaluators)}: {NEEDS}.")
+    if evaluators and all(result["value"] is None for result in results):
         reason = results[0]["note"].removeprefix("not applicable: ")
         raise UserError(
             f"{' and '.join(evaluators)} cannot be measured on {', '.join(found)} ({reason}): give other weights, or "
             "other --evaluators."
         )
+    return idle
 
 
 def print_results(found: dict[str, list[dict[str, Any]]]) -> None:

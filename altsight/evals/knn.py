@@ -20,7 +20,7 @@ BLOCK_ELEMENTS = 2**24
 
 def knn(view: View, task: Task) -> Iterator[Result]:
     """Yield the top-1 accuracy on the test split, with the train split as the gallery."""
-    if not task.trains_probe:
+    if not task.label or task.multi_label or not len(task.train) or not len(task.test):
         return
     gallery, test = labelled(view, task, task.train), labelled(view, task, task.test)
     classes = len(classes_of(task))

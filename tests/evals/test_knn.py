@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from altsight.evals import knn as module
-from altsight.evals.base import Task
+from altsight.evals.base import Task, no_split
 from altsight.evals.knn import knn, knn_votes
 from tests.evals.conftest import MakeSplit, Sample, make_view, near
 
@@ -79,6 +80,10 @@ def test_shuffled_labels_give_chance(make_split: MakeSplit) -> None:
     (result,) = knn(make_view(batch_size=64), Task("noise", *splits, label="kind"))
     assert result.low is not None and result.high is not None
     assert result.low < 0.25 < result.high
+
+
+def test_it_needs_no_validation_split(colours: Task) -> None:
+    assert len(list(knn(make_view(), replace(colours, val=no_split("val"))))) == 1
 
 
 def test_a_task_without_labels_yields_nothing(colours: Task) -> None:
