@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score
 from altsight.evals import linear as module
 from altsight.evals.base import Task
 from altsight.evals.linear import Fit, Probe, linear, sweep
-from tests.evals.conftest import ColourEncoder, MakeSplit, Sample, make_view, near
+from tests.evals.conftest import ColourEncoder, MakeSplit, Sample, coloured, make_view, near
 
 Floats = npt.NDArray[np.float64]
 
@@ -150,6 +150,16 @@ def test_an_encoder_without_information_scores_the_commonest_class(make_split: M
     (result,) = linear(make_view(encoder), Task("t", *splits, label="kind"))
     assert result.value == pytest.approx(2 / 3) == result.extra["commonest"]
     assert "end of the range" in result.note
+
+
+def test_the_mean_over_classes_where_it_is_the_metric_of_the_task(make_split: MakeSplit) -> None:
+    # Blue is never trained on, and is 2 of 22: 10/11 of the images are right, and 2/3 of the classes on average.
+    seen, unseen = coloured(10, names=("red", "green")), coloured(2, names=("blue",))
+    splits = make_split("train", seen), make_split("val", seen), make_split("test", seen + unseen)
+    top1, mean = linear(make_view(), Task("few", *splits, label="kind", metrics=("mean_class",)))
+    assert (top1.metric, mean.metric) == ("top1", "mean_class")
+    assert top1.value == pytest.approx(20 / 22) and mean.value == pytest.approx(2 / 3)
+    assert mean.low is not None and mean.chance == top1.chance and mean.data == top1.data and "hits" not in mean.extra
 
 
 def test_a_task_without_labels_yields_nothing(colours: Task) -> None:
