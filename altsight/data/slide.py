@@ -185,7 +185,7 @@ class TiffSlide:
         page = self._pages[level]
         with self._file.filehandle.lock:
             self._file.filehandle.seek(page.dataoffsets[index])
-            data = self._file.filehandle.read(page.databytecounts[index])
+            data = self._file.filehandle.read(page.databytecounts[index]) if page.databytecounts[index] else None
         try:
             decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
         except Exception as error:  # every codec raises errors of its own

@@ -132,17 +132,22 @@ def read_coords(path: Path) -> Coords:
         raise UserError(f"the coordinates '{path}' do not exist.")
     try:
         coords = _load_coords(path)
-    except (OSError, ValueError, KeyError) as error:
+        numbers = coords.astype(np.float64)
+    except (OSError, EOFError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"the coordinates '{path}' cannot be read ({error}).") from None
     if coords.ndim != 2 or coords.shape[1] != 2 or not len(coords):
         raise UserError(f"'{path}' must hold two numbers (left, top) a tile, and it holds an array {coords.shape}.")
-    return coords.astype(np.int64)
+    if not np.isfinite(numbers).all():
+        raise UserError(f"'{path}' has a row without two numbers (left, top): mend it.")
+    return numbers.astype(np.int64)
 
 
 def _load_coords(path: Path) -> npt.NDArray[Any]:
     if path.suffix == ".npy":
         return np.load(path)
     if path.suffix == ".csv":
+        if not path.stat().st_size:
+            raise ValueError("it is empty")
         table = np.genfromtxt(path, delimiter=",", names=True)
         return np.stack([np.atleast_1d(table[name]) for name in ("x", "y")], axis=1)
     if path.suffix == ".h5":

@@ -87,7 +87,15 @@ def slide_name(path: Path) -> str:
 
 def _coords(slide: Slide, path: Path, config: TileConfig, how: Tiling) -> Coords:
     if config.coords is not None:
-        return read_coords(_coords_file(config.coords, path))
+        given = _coords_file(config.coords, path)
+        coords = read_coords(given)
+        if (outside := (coords < 0) | (coords >= slide.size)).any():
+            left, top = coords[outside.any(axis=1)][0]
+            raise UserError(
+                f"'{given}' has a tile at ({left}, {top}), outside of the slide '{path}' of {slide.size[0]} x "
+                f"{slide.size[1]} pixels: coordinates are (left, top) in pixels of level 0."
+            )
+        return coords
     stride = round((config.stride or config.tile) * how.span / config.tile)
     coords = grid(slide.size, how.span, max(stride, 1))
     if config.foreground == "coloured":

@@ -100,6 +100,8 @@ class Slides:
             raise UserError(
                 "tiles need a size and a batch above 0: mend --batch, --tiles.tile or --tiles.magnification."
             )
+        if self.tiles.stride < 0 or self.heatmaps < 0:
+            raise UserError("neither strides nor numbers of pictures are below 0: mend --tiles.stride or --heatmaps.")
 
     def _bank(self, classes: dict[str, tuple[str, ...]]) -> PromptBank:
         if self.prompts is not None:
@@ -172,7 +174,7 @@ class Slides:
                     preprocess=view.preprocess.hash(),
                     data=content_hash([[item.path.name, os.stat(item.path).st_size]]),
                     note="cosine of: " + ", ".join(f"{classes[i]} {scores[-1][i]:.3f}" for i in best[:SHOWN]),
-                    extra={"scores": dict(zip(classes, scores[-1].tolist(), strict=True))},
+                    extra={"seed": self.seed, "scores": dict(zip(classes, scores[-1].tolist(), strict=True))},
                 )
 
     def _draw(

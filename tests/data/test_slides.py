@@ -75,6 +75,15 @@ def test_grey_16_bit_and_transparent_tiffs(tmp_path: Path) -> None:
         assert np.array_equal(open_slide(tmp_path / name).read(5, 6, 0, 40), pixels[6:46, 5:45])
 
 
+@pytest.mark.parametrize("compression", [None, "jpeg"])
+def test_a_chunk_that_was_never_written_is_white(tmp_path: Path, compression: str | None) -> None:
+    chunks = (None if i == 2 else np.full((64, 64, 3), 50, np.uint8) for i in range(4))
+    path, kind = tmp_path / "a.tif", {"shape": (128, 128, 3), "dtype": np.uint8, "tile": (64, 64)}
+    tifffile.imwrite(path, chunks, photometric="rgb", compression=compression, **kind)
+    read = open_slide(path).read(0, 0, 0, 128)
+    assert (read[64:, :64] == 255).all() and (read[:64] == 50).all()
+
+
 def test_all_readers_agree(tmp_path: Path) -> None:
     pixels = picture()
     PIL.Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -168,7 +177,11 @@ def test_coordinates_of_other_programs(tmp_path: Path) -> None:
     np.save(tmp_path / "flat.npy", places.ravel())
     (tmp_path / "b.csv").write_text("left,top\n0,64\n")
     (tmp_path / "c.txt").write_text("0 64\n")
-    for name in ("none.npy", "flat.npy", "b.csv", "c.txt"):
+    for name, content in (("empty.npy", ""), ("empty.csv", ""), ("words.csv", "x,y\na,b\n"), ("gap.csv", "x,y\n1,\n")):
+        (tmp_path / name).write_text(content)
+    np.save(tmp_path / "words.npy", np.array([["a", "b"]]))
+    wrong = ("none.npy", "flat.npy", "b.csv", "c.txt", "empty.npy", "empty.csv", "words.csv", "gap.csv", "words.npy")
+    for name in wrong:
         with pytest.raises(UserError, match=name):
             read_coords(tmp_path / name)
 

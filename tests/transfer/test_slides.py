@@ -255,6 +255,14 @@ def test_features_are_stored_and_noticed_to_be_old(
     assert calls, "other weights"
 
 
+def test_coordinates_outside_of_the_slide_are_refused(view: View, canvases: Path, tmp_path: Path) -> None:
+    config = TileConfig(tile=32, coords=tmp_path / "a.npy")
+    for left, top in ((256, 0), (0, -1)):
+        np.save(tmp_path / "a.npy", np.array([[0, 0], [left, top]]))
+        with pytest.raises(UserError, match=rf"a tile at \({left}, {top}\), outside of the slide .* of 256 x 256"):
+            slide_features(view, canvases / "red" / "000.tif", config, 16, tmp_path)
+
+
 def test_vectors_do_not_depend_on_the_batch_of_tiles(view: View, canvases: Path, tmp_path: Path) -> None:
     path = canvases / "blue" / "001.tif"
     one, many = (slide_features(view, path, TileConfig(tile=32), b, tmp_path / str(b)) for b in (7, 64))
@@ -286,6 +294,7 @@ def test_emoji_on_a_canvas_lie_where_it_is_said(tmp_path: Path) -> None:
         ({"topk": (5, 0)}, "--topk"),
         ({"neighbours": 0}, "--neighbours"),
         ({"tiles": TileConfig(magnification=0)}, "--tiles.magnification"),
+        ({"tiles": TileConfig(stride=-1)}, "--tiles.stride"),
         ({"tiles": TileConfig(tile=512)}, "lower --tiles.tile"),
         ({"tiles": TileConfig(tile=32, coords=Path("none.npy"))}, "none.npy"),
     ],
