@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from altsight.data.decode import BrokenImage, open_picture
 from altsight.evals.base import Result, View
 from altsight.evals.bootstrap import LEVEL
 from altsight.evals.features import content_hash
+from altsight.nn.encoder import Encoder
 from altsight.nn.resample import resized
 from altsight.train.log import progress_bar
 from altsight.transfer.base import FitConfig, fit, keep_encoder, known_by, prepared_for
@@ -95,7 +97,7 @@ class Detect:
             raise UserError(f"'{train.annotations}' has no object to learn from.")
 
     def _fit(self, view: View, train: CocoImages, out: Path) -> Detector:
-        encoder = resized(view.encoder, img_size=self.size, drop_path=0.0 if self.frozen else self.drop_path)
+        encoder = sized(view.encoder, self.size, 0.0 if self.frozen else self.drop_path)
 
         def make() -> Detector:
             with torch_seeded(key(self.fit.seed, 0, "init")):
@@ -104,6 +106,31 @@ class Detect:
         data = prepared_for(train, Path(self.data), digest(train))
         identity = known_by(view.encoder, self, train.classes, test="")
         return cast(Detector, fit("detect", make, identity, self.optim, self.fit, data, out))
+
+
+def sized(encoder: Encoder, size: int, drop_path: float) -> Encoder:
+    """Return a copy of `encoder` for images of `size` pixels, whose maps have strides of powers of two.
+
+    torchvision pools regions at no other scales. So patches of 14 pixels are resampled to 16.
+
+    Raises:
+        UserError: the coarsest map has no whole number of rows.
+    """
+    changes: dict[str, Any] = {"img_size": size, "drop_path": drop_path}
+    if encoder.is_vit:
+        patch = 2 ** round(math.log2(encoder.patch_size))
+        stride = 2 * patch
+        if patch != encoder.patch_size:
+            changes["patch_size"] = patch
+    else:
+        stride = int(encoder.backbone.feature_info[-1]["reduction"])
+    if size < 1 or size % stride:
+        near = max(size // stride, 1) * stride
+        raise UserError(
+            f"the size {size} is not divisible by {stride}, the stride of the pyramid's coarsest map: set --size "
+            f"{near} or {near + stride}."
+        )
+    return resized(encoder, **changes)
 
 
 def digest(images: CocoImages) -> str:

@@ -32,7 +32,7 @@ from altsight.nn.pyramid import SimplePyramid, make_pyramid
 from altsight.nn.resample import resized
 from altsight.train.accumulate import Accumulator
 from altsight.transfer.base import FitConfig
-from altsight.transfer.detect import METRICS, as_results, average_precision, evaluate, predict, resampled
+from altsight.transfer.detect import METRICS, as_results, average_precision, evaluate, predict, resampled, sized
 from altsight.transfer.detector import Detector, DetectorConfig
 from altsight.transfer.jitter import DetectPrepare, boxes_of, fitted, padded, unpacked
 
@@ -138,6 +138,16 @@ def test_pyramids_have_their_strides() -> None:
         maps = pyramid(encoder(torch.zeros(2, 3, SIZE, SIZE)))
         assert list(maps) == ["0", "1", "2", "3", "pool"] and pyramid.strides == strides
         assert [tuple(m.shape) for m in maps.values()] == [(2, 16, SIZE // s, SIZE // s) for s in strides]
+
+
+def test_regions_are_pooled_where_they_are() -> None:
+    for patch, side in ((8, 8), (14, 16)):
+        source = view(dataclasses.replace(VIT, img_size=4 * patch, patch_size=patch)).encoder
+        encoder = sized(source, 64, 0.0)
+        assert encoder.patch_size == side
+        method = detector(encoder=encoder).eval()
+        method.detect([small_png()])
+        assert method.rcnn.roi_heads.box_roi_pool.scales == [1 / s for s in make_pyramid(encoder, 16).strides[:4]]
 
 
 def test_the_pyramid_reads_patches_where_they_are() -> None:
@@ -258,8 +268,10 @@ def test_wrong_use_is_told_in_a_line(coco: Path, tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"instances_train2017.json' does not exist"):
         run(tmp_path)
-    with pytest.raises(UserError, match="not divisible by the patch size 8"):
+    with pytest.raises(UserError, match=r"60 is not divisible by 16, .* set --size 48 or 64"):
         run(size=60)
+    with pytest.raises(UserError, match="set --size 16 or 32"):
+        run(size=0)
     folder = tmp_path / "boxes"
     write_coco(folder, Scenes(4, pixels=SIZE), Scenes(2, seed=1, pixels=SIZE))
     path = folder / "annotations" / "instances_train2017.json"
