@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from altsight.core.config import OptimConfig
+from altsight.core.errors import UserError
 from altsight.core.rng import key
 from altsight.data.mask_views import MaskView
 from altsight.data.segmentation import read_splits
@@ -69,6 +70,8 @@ class Segment:
         Raises:
             UserError: the data or a setting cannot be used; nothing has been written then.
         """
+        if self.head == "upernet" and self.layers != 1:
+            raise UserError("--layers is of the linear head, and UPerNet reads four in any case: leave it out.")
         check_segmenting(view.encoder, self.size, self.fit.micro_batch)
         training, validation = read_splits(Path(self.data), self.classes, self.reduce_zero_label)
         method = self._build(view.encoder, len(training.classes))

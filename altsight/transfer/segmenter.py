@@ -109,6 +109,8 @@ class Segmenter(Method):
 
 def check_segmenting(encoder: Encoder, size: int, micro_batch: int) -> None:
     """Raise UserError if `encoder` cannot read views of `size` pixels, or the batch would be split."""
+    if size < 1:
+        raise UserError(f"views of {size} pixels show nothing: set --size above 0.")
     patch = int(encoder.backbone.feature_info[-1]["reduction"])
     if is_plain(encoder) and size % patch:
         near = max(size // patch, 1) * patch

@@ -151,6 +151,8 @@ def test_views_are_drawn_by_the_key(data: str) -> None:
         ({"fit": FitConfig(1, 60)}, "batch of 60 is larger than the data set"),
         ({"classes": "missing.txt"}, "class file 'missing.txt' cannot be read"),
         ({"data": "missing"}, "class file 'missing/classes.txt' cannot be read"),
+        ({"size": 0}, "--size above 0"),
+        ({"layers": 4}, "--layers is of the linear head"),
         ({"head": "linear", "layers": 9}, "last 9 layers of 4"),
     ],
     ids=lambda value: str(value)[:20],
