@@ -95,7 +95,7 @@ class Augment:
     """Encoded image -> a random view of it, normalised: crop and flip, RandAugment, random erasing.
 
     Raises:
-        UserError: timm does not know the policy.
+        UserError: timm does not know the policy, or `erase` is no probability.
     """
 
     crop: Crop = field(default_factory=lambda: Crop(scale=(0.08, 1.0)))
@@ -107,6 +107,8 @@ class Augment:
     def __post_init__(self) -> None:
         if self.rand_augment:
             _rand_augment(self.rand_augment, "imagenet", 224)
+        if not 0 <= self.erase <= 1:
+            raise UserError(f"augment.erase is a probability from 0 to 1, not {self.erase}.")
 
     def __call__(self, data: bytes, size: int, normalization: str, at: Key) -> Tensor:
         """Return fp32 (3, size, size); BrokenImage where `data` cannot be decoded."""
@@ -119,6 +121,9 @@ class Mixing:
     """Mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) of two images and their targets.
 
     The share of the first is drawn from Beta(x, x) for every image by itself, where the sources draw one a batch.
+
+    Raises:
+        UserError: a number is out of its range.
     """
 
     mixup: float = 0.8
@@ -129,6 +134,14 @@ class Mixing:
     """Probability of cutmix where both are on."""
     probability: float = 1.0
     """Probability that an image is mixed at all."""
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise UserError(f"mixing.{name} is the x of Beta(x, x), or 0 for none, not {getattr(self, name)}.")
+        for name in ("switch", "probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"mixing.{name} is a probability from 0 to 1, not {getattr(self, name)}.")
 
     @property
     def is_on(self) -> bool:

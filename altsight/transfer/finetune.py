@@ -117,6 +117,15 @@ class Finetune:
         ]
 
     def _config(self, view: View) -> FinetuneConfig:
+        if self.img_size < 0:
+            raise UserError(f"images have no side of {self.img_size} pixels: give --img-size a positive number.")
+        if not 0 < self.crop_ratio <= 1:
+            raise UserError(
+                f"crop_ratio is the share of a side that is scored, above 0 and at most 1, not {self.crop_ratio}."
+            )
+        for name in ("drop_path", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is a share from 0 to less than 1, not {getattr(self, name)}.")
         size, patch = self.img_size or view.encoder.config.img_size, view.encoder.patch_size
         if patch and size % patch:
             near = size // patch * patch

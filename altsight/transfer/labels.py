@@ -116,9 +116,16 @@ def open_labelled(source: str, labels: Labels, known: tuple[str, ...] = ()) -> L
     """Return the images at `source`, a path or "samples:NAME/SPLIT", with the classes `known`, or those that occur.
 
     Raises:
-        UserError: the source cannot be read, has fewer than two classes, or one that is not `known`.
+        UserError: the source cannot be read, has lists where an image has one class, has fewer than two classes, or
+            one that is not `known`.
     """
     pairs = read_pairs(locate(source), (), "" if labels.several else labels.field)
+    first = look_up(pairs.fields(0), labels.field) if len(pairs) else None
+    if not labels.several and isinstance(first, list) and len(first) > 1:
+        raise UserError(
+            f"the field '{labels.field}' of '{source}' holds lists: name one with a single class, or fine-tune with "
+            "--multi-label."
+        )
     found = _several(pairs, labels) if labels.several else pairs.classes
     if not found:
         raise UserError(f"no image of '{source}' has a class in the field '{labels.field}': name another --label.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,21 @@ def test_the_ends_of_the_range_can_be_drawn(policy: str) -> None:
 def test_an_unknown_policy_is_said_in_one_line() -> None:
     with pytest.raises(UserError, match="no RandAugment policy 'wild'"):
         rand_augment(picture(), "wild", "half", at(0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Augment(erase=7.0),
+        lambda: Mixing(mixup=-1.0),
+        lambda: Mixing(cutmix=-1.0),
+        lambda: Mixing(switch=3.0),
+        lambda: Mixing(probability=-0.1),
+    ],
+)
+def test_numbers_out_of_range_are_said_in_one_line(make: Callable[[], object]) -> None:
+    with pytest.raises(UserError, match=r"(augment|mixing)\.\w+ is .*, not -?\d"):
+        make()
 
 
 def test_erasing_puts_noise_in_a_box() -> None:

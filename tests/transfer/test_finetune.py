@@ -327,6 +327,8 @@ def test_wrong_use_is_said_in_one_line_before_anything_is_written(
     unknown = folder_of(tmp_path / "unknown", 2, ("red", "green"))
     Path(unknown, "green").rename(Path(unknown, "greem"))
     untold = tar_of(tmp_path / "untold.tar", ["red", "green"] * 8)
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text("".join(f'{{"path": "single/red/{i}.png", "kinds": ["red", "{i}"]}}\n' for i in (0, 1)))
     cases: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         ("nowhere", (str(tmp_path / "nowhere"), test), {}),
         ("nowhere", (train, str(tmp_path / "nowhere")), {}),
@@ -339,6 +341,11 @@ def test_wrong_use_is_said_in_one_line_before_anything_is_written(
             (train, test),
             {"img_size": 20},
         ),
+        ("no side of -8 pixels", (train, test), {"img_size": -8}),
+        ("crop_ratio is the share .* not 0", (train, test), {"crop_ratio": 0.0}),
+        ("drop_path is a share .* not 1.5", (train, test), {"drop_path": 1.5}),
+        ("label_smoothing is a share", (train, test), {"label_smoothing": 2.0}),
+        ("the field 'kinds' of .*lists", (str(lists), test), {"label": "kinds"}),
     ]
     for message, paths, settings in cases:
         with pytest.raises(UserError, match=message) as caught:
