@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ def read_winoground(folder: str) -> tuple[Contest, ...]:
     for number, line in enumerate(_text(path).splitlines(), start=1):
         if line.strip():
             row = _row(line, path, number, ("image_0", "image_1", "caption_0", "caption_1"))
-            images = tuple(_image(Path(folder) / "images", str(row[f"image_{i}"]), path) for i in (0, 1))
-            found.append(Contest(images, (row["caption_0"], row["caption_1"])))
+            images = tuple(_image(Path(folder) / "images", name, path) for name in row[:2])
+            found.append(Contest(images, row[2:]))
     return tuple(found)
 
 
@@ -82,7 +82,7 @@ def read_sugarcrepe(folder: str, images: str) -> tuple[Contest, ...]:
     for path in files:
         try:
             rows = json.loads(_text(path)).values()
-            wanted = [(row["filename"], row["caption"], row["negative_caption"]) for row in rows]
+            wanted = [_texts(row, ("filename", "caption", "negative_caption")) for row in rows]
         except (ValueError, AttributeError, KeyError, TypeError):
             raise UserError(
                 f"'{path}' is no subset of SugarCrepe, which is {{id: {{filename, caption, negative_caption}}}}."
@@ -162,13 +162,19 @@ def _text(path: Path) -> str:
         raise UserError(f"'{path}' is no UTF-8 text: save it as UTF-8.") from None
 
 
-def _row(line: str, path: Path, number: int, fields: Sequence[str]) -> dict[str, Any]:
+def _row(line: str, path: Path, number: int, fields: Sequence[str]) -> tuple[str, ...]:
     try:
-        row: dict[str, Any] = json.loads(line)
-        _ = [row[field] for field in fields]
+        return _texts(json.loads(line), fields)
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"line {number} of '{path}' must be a JSON object with {', '.join(fields)}.") from None
-    return row
+        raise UserError(f"line {number} of '{path}' must be a JSON object with {', '.join(fields)} as text.") from None
+
+
+def _texts(row: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
+    """Return the texts in `fields`; KeyError or TypeError where there is none."""
+    found = tuple(row[field] for field in fields)
+    if not all(isinstance(text, str) for text in found):
+        raise TypeError("a text is due")
+    return found
 
 
 def _image(folder: Path, name: str, where: Path) -> str:

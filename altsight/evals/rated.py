@@ -135,6 +135,7 @@ def _items(view: View, task: Task) -> tuple[Items, dict[str, Any]]:
     unnamed = 0
     for image, (sample, values) in enumerate(zip(samples, fields, strict=True)):
         names = values.get(task.caption_ids, []) if task.caption_ids else texts[sample]
+        names = names if isinstance(names, list) else [names]
         if len(names) == len(texts[sample]):
             ids["caption"] |= {str(name): len(flat) + i for i, name in enumerate(names)}
         else:  # two captions of the image are equal and count once, or it has no ids

@@ -18,7 +18,7 @@ def robustness(view: View, task: Task) -> Iterator[Result]:
     Dual encoders answer by the prompts of each task, others by one linear probe on the clean task's training split.
     Answers are restricted to the classes that the set has, on the clean images too where it has all of them.
     """
-    if task.clean is None or not task.label or not len(task.test):
+    if task.clean is None or not task.label or task.multi_label or task.clean.multi_label or not len(task.test):
         return
     if not answerable(view, task.clean):
         yield not_applicable(view, task, "robustness", "drop", NO_PROBE)

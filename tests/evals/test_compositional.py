@@ -91,11 +91,15 @@ def test_wrong_layouts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "examples.jsonl").write_text('{"id": 0}')
     with pytest.raises(UserError, match=r"line 1 of .* must be a JSON object with image_0"):
         read_winoground(str(tmp_path))
+    (tmp_path / "examples.jsonl").write_text('{"image_0": "red", "image_1": "red", "caption_0": 3, "caption_1": "a"}')
+    with pytest.raises(UserError, match=r"must be a JSON object .* as text"):
+        read_winoground(str(tmp_path))
     with pytest.raises(UserError, match="holds no JSON file"):
         read_sugarcrepe(str(tmp_path / "images"), str(tmp_path))
-    (tmp_path / "swap.json").write_text('{"0": {"filename": "x"}}')
-    with pytest.raises(UserError, match="is no subset of SugarCrepe"):
-        read_sugarcrepe(str(tmp_path), str(tmp_path))
+    for row in ('{"filename": "x"}', '{"filename": "x", "caption": "a", "negative_caption": null}'):
+        (tmp_path / "swap.json").write_text(f'{{"0": {row}}}')
+        with pytest.raises(UserError, match="is no subset of SugarCrepe"):
+            read_sugarcrepe(str(tmp_path), str(tmp_path))
 
 
 def test_a_broken_image_is_one_sentence(tmp_path: Path) -> None:

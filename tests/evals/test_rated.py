@@ -135,7 +135,7 @@ def test_ids_that_lead_nowhere_are_counted_or_refused(make_task: MakeTask) -> No
 
 def test_captions_without_an_id_each_are_told(tmp_path: Path) -> None:
     rows = []
-    for i, (name, ids) in enumerate((("red", [7, 8]), ("blue", [9]), ("green", [10, 11]))):
+    for i, (name, ids) in enumerate((("red", [7, 8]), ("blue", 9), ("green", [10, 11]))):
         Image.new("RGB", (8, 8), COLOURS[name]).save(tmp_path / f"{i}.png")
         rows.append({"path": f"{i}.png", "captions": [name, f"a {name} thing"], "sentids": ids})
     (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")

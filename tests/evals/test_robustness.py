@@ -63,3 +63,5 @@ def test_a_probe_never_answers_what_it_was_not_trained_on(make_split: MakeSplit,
 
 def test_without_a_clean_task_it_yields_nothing(colours: Task) -> None:
     assert list(robustness(make_view(dual=True), colours)) == []
+    several = replace(colours, multi_label=True)
+    assert list(robustness(make_view(dual=True), replace(colours, clean=several))) == []
