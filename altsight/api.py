@@ -107,7 +107,7 @@ def export(source: str | Path, to: str, out: str | Path, img_size: int = 0) -> E
     return export_weights(str(source), to, Path(out), img_size)
 
 
-def transfer(name: str, view: View, out: str | Path, **settings: Any) -> list[Result]:
+def transfer(name: str, view: View, out: str | Path, /, **settings: Any) -> list[Result]:
     """Put `view` to use on a task, into the folder `out`; `altsight transfer` lists the names and their settings.
 
     Raises:

@@ -26,9 +26,12 @@ def resized(encoder: Encoder, **changes: Any) -> Encoder:
     embeddings by the pseudo-inverse of the resize (FlexiViT, Beyer et al. 2023). The encoder itself is left alone.
 
     Raises:
-        UserError: the sizes do not fit, or its relative positions are asked to take another size.
+        UserError: the sizes do not fit, the drop path is no share, or its relative positions are asked to take another
+            size.
     """
     config = replace(encoder.config, **changes)
+    if not 0 <= config.drop_path < 1:
+        raise UserError(f"a drop path of {config.drop_path:g} is no share of branches to drop: use 0 to less than 1.")
     made = Encoder(config)
     state = encoder.state_dict()
     if not encoder.is_vit and has_fixed_size(config.model) and config.img_size != encoder.config.img_size:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import altsight
 from altsight.core.errors import UserError
 from altsight.core.rng import key
 from altsight.core.types import Batch
@@ -136,6 +137,11 @@ def test_multi_scale_needs_no_other_training(data: str, tmp_path: Path) -> None:
     many, _ = trained(data, tmp_path / "out", head="linear", layers=4, multi_scale=True)
     assert many[0].preprocess != one[0].preprocess and many[0].data == one[0].data
     assert (tmp_path / "out/log.jsonl").read_text() == log
+
+
+def test_how_views_are_drawn_is_a_setting_in_python(data: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--size above 0"):
+        altsight.transfer("segment", view_of(), tmp_path, data=data, view=MaskView(flip=False), size=0)
 
 
 def test_views_are_drawn_by_the_key(data: str) -> None:
