@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from altsight.core.config import OptimConfig
+from altsight.core.errors import UserError
 from altsight.core.rng import key
 from altsight.data.mask_views import MaskView
 from altsight.data.segmentation import read_splits
@@ -75,6 +76,11 @@ class DenseCLIP:
                 nothing has been written then.
         """
         need_text(view, "denseclip")
+        if self.contexts < 0 or self.temperature <= 0 or min(self.decoder_layers, self.channels) < 1:
+            raise UserError(
+                "score maps need a temperature above 0, no less than 0 vectors, and 1 layer and channel or more: mend "
+                "--temperature, --contexts, --decoder-layers or --channels."
+            )
         check_dense(view)
         check_segmenting(view.encoder, self.size, self.fit.micro_batch)
         training, validation = read_splits(Path(self.data), self.classes, self.reduce_zero_label)

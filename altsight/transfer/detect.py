@@ -88,6 +88,9 @@ class Detect:
         return [result for kind in kinds for result in score(test, found, kind, self, preprocess)]
 
     def _check(self, train: CocoImages, test: CocoImages) -> None:
+        c = self.detector
+        if not 0 < c.jitter[0] <= c.jitter[1] or min(c.width, c.hidden, c.most, c.proposals, c.sampled) < 1:
+            raise UserError("--detector.jitter takes two sizes above 0, the smaller one first; numbers are 1 or more.")
         if train.category_ids != test.category_ids or train.classes != test.classes:
             raise UserError(f"the splits '{self.train}' and '{self.test}' of '{self.data}' list different categories.")
         for split in (train, test):

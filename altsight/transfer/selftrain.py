@@ -59,6 +59,7 @@ class SelfTrain:
             UserError: the view has no text tower, the images, names or labels cannot be used, or masks do not fit.
         """
         need_text(view, "self-training")
+        self._check()
         images = replace(read_pairs(locate(self.data), ()), label="", classes=())
         test = Split("test", read_pairs(locate(self.test), (), self.label)) if self.test else None
         names = self._names(test)
@@ -74,6 +75,17 @@ class SelfTrain:
             for stage, (seen, weights) in zip(stages, trained, strict=True)
             for result in measure(seen, weights, tuple(names), test, self, stage)
         ]
+
+    def _check(self) -> None:
+        c = self.must
+        shares = (c.threshold, *c.ema, *c.crop)
+        if not all(0 <= share <= 1 for share in shares) or not 0 < c.crop[0] <= c.crop[1]:
+            raise UserError("thresholds, EMAs and crops are shares: mend --must.threshold, --must.ema or --must.crop.")
+        if c.scale <= 0 or c.warm_steps < 0 or not 0 <= c.magnitude <= 10:
+            raise UserError(
+                "cosines are scaled by more than 0, steps are 0 or more, and a magnitude is 0 to 10: mend "
+                "--must.scale, --must.warm-steps or --must.magnitude."
+            )
 
     def _names(self, test: Split | None) -> Mapping[str, str]:
         """Return class -> the name that stands in the prompts."""

@@ -225,10 +225,22 @@ def no_text(view: View) -> View:
         (lambda view: replace(view, feature_point="pooled"), {}, "no single places"),
         (lambda view: view, {"room": 3}, r"the class name 'banana' takes \d+ tokens .* room for 3: set --room"),
         (lambda view: view, {"room": 12, "contexts": 20}, "more than the 24 that the text tower reads"),
+        (lambda view: view, {"temperature": 0.0}, "mend --temperature"),
+        (lambda view: view, {"contexts": -1}, "--contexts"),
         (lambda view: view, {"size": 36}, "36 is not divisible by the patch size 8"),
         (lambda view: view, {"fit": FitConfig(1, 6, micro_batch=3)}, "a batch cannot be split"),
     ],
-    ids=["no text", "no projection", "pooled", "long name", "long prompt", "size", "micro-batch"],
+    ids=[
+        "no text",
+        "no projection",
+        "pooled",
+        "long name",
+        "long prompt",
+        "temperature",
+        "contexts",
+        "size",
+        "micro-batch",
+    ],
 )
 def test_wrong_use_is_one_line(tmp_path: Path, change: object, changes: dict[str, object], message: str) -> None:
     write_ade20k(tmp_path / "made", Scenes(6, pixels=32), Scenes(2, seed=1, pixels=32))

@@ -270,6 +270,11 @@ def test_wrong_use_is_told_in_a_line(coco: Path, tmp_path: Path) -> None:
         run(tmp_path)
     with pytest.raises(UserError, match=r"60 is not divisible by 16, .* set --size 48 or 64"):
         run(size=60)
+    for wrong in ({"jitter": (0.0, 1.0)}, {"most": 0}):
+        with pytest.raises(UserError, match=r"--detector\.jitter takes"):
+            run(detector=dataclasses.replace(SMALL, **wrong))
+    with pytest.raises(UserError, match=r"a drop path of 1\.5"):
+        run(drop_path=1.5)
     with pytest.raises(UserError, match="set --size 16 or 32"):
         run(size=0)
     folder = tmp_path / "boxes"

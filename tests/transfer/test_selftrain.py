@@ -30,6 +30,7 @@ from altsight.methods.mae import MAE
 from altsight.nn.encoder import Encoder, EncoderConfig
 from altsight.train.accumulate import Accumulator
 from altsight.train.log import read_log
+from altsight.train.optim import parameter_groups
 from altsight.transfer.base import FitConfig
 from altsight.transfer.must import MUST, MUSTConfig, WeakCrop
 from altsight.transfer.selftrain import SelfTrain, self_train
@@ -262,6 +263,14 @@ def test_what_trains_and_how_fast() -> None:
     names = {name for name, p in method.named_parameters() if p.requires_grad}
     assert {"classifier.weight", "mask_token", "decoder.weight", "encoder.backbone.norm.weight"} <= names
     assert not any(".text." in name or "logit_scale" in name or name.startswith("teacher") for name in names)
+    groups = {id(p): group for group in parameter_groups(method, MUST.optim) for p in group["params"]}
+    depth = len(method.encoder.backbone.blocks)
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            inner = name.startswith("encoder.") and not name.startswith("encoder.backbone.norm.")
+            layer = int(name.split(".")[3]) + 1 if ".blocks." in name else 0 if inner else depth + 1
+            assert groups[id(parameter)]["lr_scale"] == pytest.approx(0.65 ** (depth + 1 - layer)), name
+            assert groups[id(parameter)]["decays"] == (parameter.ndim > 1), name
 
 
 @pytest.mark.parametrize(
@@ -287,6 +296,9 @@ def test_wrong_use_is_told_in_a_line(tmp_path: Path) -> None:
     alone = view_of(MAE(MAE.Config(), Encoder(config), Corpus()), "mae")
     with pytest.raises(UserError, match="'mae' has no text tower"):
         run(alone, data=folder)
+    for change, words in (({"ema": (0.9, 1.1)}, "--must.ema"), ({"scale": 0.0}, "--must.scale")):
+        with pytest.raises(UserError, match=words):
+            run(data=folder, must=dataclasses.replace(SMALL, **change))
     with pytest.raises(UserError, match="give --classes FILE or --test IMAGES"):
         run(data=folder)
     with pytest.raises(UserError, match="nothing' does not exist"):
