@@ -196,7 +196,7 @@ class TiffSlide:
         row, column = divmod(index, page.chunked[1])
         pixels = decoded[0, : page.imagelength - row * high, : page.imagewidth - column * wide]
         pixels = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
-        return pixels.repeat(3, axis=2) if pixels.shape[2] < 3 else pixels[..., :3]
+        return pixels[..., :1].repeat(3, axis=2) if pixels.shape[2] < 3 else pixels[..., :3]
 
 
 def _paste(chunk: Pixels, onto: Pixels, top: int, left: int) -> None:

@@ -69,8 +69,13 @@ def test_grey_16_bit_and_transparent_tiffs(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "deep.tif", pixels.astype(np.uint16) << 8, photometric="rgb", tile=(64, 64))
     alpha = np.dstack([pixels, pixels[..., :1]])
     tifffile.imwrite(tmp_path / "alpha.tif", alpha, photometric="rgb", extrasamples=["unassalpha"], tile=(64, 64))
-    grey = open_slide(tmp_path / "grey.tif").read(5, 6, 0, 40)
-    assert np.array_equal(grey, pixels[6:46, 5:45, :1].repeat(3, axis=2))
+    both = np.dstack([pixels[..., 0], pixels[..., 1]])
+    tifffile.imwrite(
+        tmp_path / "both.tif", both, photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"]
+    )
+    for name in ("grey.tif", "both.tif"):
+        grey = open_slide(tmp_path / name).read(5, 6, 0, 40)
+        assert np.array_equal(grey, pixels[6:46, 5:45, :1].repeat(3, axis=2))
     for name in ("deep.tif", "alpha.tif"):
         assert np.array_equal(open_slide(tmp_path / name).read(5, 6, 0, 40), pixels[6:46, 5:45])
 
