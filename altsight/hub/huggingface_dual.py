@@ -35,7 +35,7 @@ BLOCK = {
 """Parts of a transformer block: own name -> transformers' name, once `joined` has made one map of q, k and v."""
 TRUNKS = {"gelu": "vit_base_patch16_siglip_224", "gelu_pytorch_tanh": "vit_base_patch32_siglip_256"}
 """hidden_act -> a model of timm with SigLIP's parts and that activation; every size is set."""
-FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model.bin")
+FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 """What is fetched from the hub."""
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 
@@ -260,15 +260,26 @@ def preprocess_in(source: Source, size: int = 0, default: str = "half") -> Prepr
     Args:
         size: of the model; 0: the folder's.
         default: the normalization where the folder names none.
+
+    Raises:
+        UserError: images are resized neither bilinearly nor bicubically.
     """
     settings = source.json("preprocessor_config.json")
     settings = settings or source.json("processor_config.json").get("image_processor", {})
     mean, std = (
         settings.get(name, part) for name, part in zip(("image_mean", "image_std"), statistics(default), strict=True)
     )
-    resized, cut = settings.get("size", size or 224), settings.get("crop_size", {})
+    resized, cut = settings.get("size", size or 224), settings.get("crop_size")
     resized = resized if isinstance(resized, dict) else {"shortest_edge": resized}
     side = int(resized.get("shortest_edge") or resized.get("height", size))
-    size = size or int(cut.get("height", side) if isinstance(cut, dict) else cut)
-    interpolation = "bilinear" if settings.get("resample", 3) == 2 else "bicubic"
-    return Preprocess(size, normalization_of(mean, std), size / side, interpolation, "height" in resized)
+    if cut is None or not settings.get("do_center_crop", True):
+        cut = side
+    # A model may take another size than the one that its images are cut to: DINOv2 is of 518 pixels, and cuts 224.
+    cut = int(cut.get("height", side) if isinstance(cut, dict) else cut)
+    kinds = {2: "bilinear", 3: "bicubic"}
+    interpolation = kinds.get(settings.get("resample", 3))
+    if interpolation is None:
+        raise UserError(
+            f"images of '{source.given}' are resized in a way (resample = {settings['resample']}) that Altsight lacks."
+        )
+    return Preprocess(size or cut, normalization_of(mean, std), cut / side, interpolation, "height" in resized)

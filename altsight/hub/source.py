@@ -20,7 +20,13 @@ from altsight.core.errors import UserError
 
 SCHEMES = ("timm", "open_clip", "hf")
 FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
-"""Endings of files of weights; of several in a folder the first kind is read."""
+"""Endings of files of weights; of several kinds in a folder the first is read."""
+NAMED = (
+    *("encoder.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    *("model.safetensors", "pytorch_model.bin"),
+)
+"""What Altsight and the libraries call the weights of a folder; the first is read, whatever lies beside it. OpenCLIP's
+folders on the hub hold the weights of transformers too."""
 WRAPPERS = ("state_dict", "model", "module", "teacher", "model_ema", "ema", "target_encoder")
 """What checkpoints call the weights that they hold beside an optimizer's state, in order of preference."""
 
@@ -82,7 +88,7 @@ def parse(given: str) -> Source:
     """Return what `given` says: "timm:NAME", "timm:NAME=FILE", "open_clip:...", "hf:ORG/NAME", a file or a folder.
 
     Raises:
-        UserError: the file or folder does not exist.
+        UserError: the file or folder does not exist, or a model of Hugging Face's hub is given a file.
     """
     scheme, _, rest = given.partition(":")
     if scheme not in SCHEMES:
@@ -90,6 +96,8 @@ def parse(given: str) -> Source:
     model, _, path = rest.partition("=")
     if not model:
         raise UserError(f"'{given}' names no model: write {scheme}:NAME or {scheme}:NAME=FILE.")
+    if scheme == "hf" and path:
+        raise UserError(f"'{given}' has both a name on the hub and a file: give hf:{model}, or a folder alone.")
     return Source(given, scheme, model, _existing(Path(path), given) if path else None)
 
 
@@ -132,10 +140,17 @@ def _existing(path: Path, given: str) -> Path:
 
 
 def _file_in(folder: Path) -> Path:
+    if named := next((folder / name for name in NAMED if (folder / name).is_file()), None):
+        return named
     for ending in FILES:
         found = sorted(folder.glob(f"*{ending}"))
         if len(found) > 1 and any("-of-" in path.name for path in found):
             raise UserError(f"the weights in '{folder}' are in {len(found)} parts: give a folder with one file.")
+        if len(found) > 1:
+            raise UserError(
+                f"'{folder}' holds {len(found)} files of weights ({found[0].name}, {found[1].name}"
+                f"{', ...' * (len(found) > 2)}): give one of them."
+            )
         if found:
             return found[0]
     raise UserError(f"'{folder}' is no run (it has no run.json), and holds no file of weights: name another folder.")

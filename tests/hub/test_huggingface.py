@@ -77,6 +77,31 @@ def test_decoders_and_classifiers_are_left_over(tmp_path: Path) -> None:
     assert load_model(str(tmp_path / "vit")).found.left_over == ("classifier.bias", "classifier.weight")
 
 
+def test_dinov2_cuts_its_images_smaller_than_it_is_and_as_much_of_them_at_any_size(tmp_path: Path) -> None:
+    """As on the hub: a model of 518 pixels whose images are resized to 256 and cut to 224; here 32, 16, 14."""
+    saved("Dinov2", tmp_path)
+    cut = {"height": 14, "width": 14}
+    transformers.BitImageProcessor(size={"shortest_edge": 16}, crop_size=cut).save_pretrained(tmp_path)
+    preprocess = load_model(str(tmp_path)).preprocess
+    assert (preprocess.size, preprocess.crop_ratio, preprocess.squash) == (32, 0.875, False)
+    transformers.BitImageProcessor(size={"shortest_edge": 16}, crop_size=cut, do_center_crop=False).save_pretrained(
+        tmp_path
+    )
+    assert load_model(str(tmp_path)).preprocess.crop_ratio == 1
+    transformers.BitImageProcessor(resample=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="resample = 1"):
+        load_model(str(tmp_path))
+
+
+def test_settings_that_lack_something_are_refused(tmp_path: Path) -> None:
+    saved("ViT", tmp_path, intermediate_size=128)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match=r"not as their kind has them \(KeyError: 'num_attention_heads'"):
+        altsight.load(tmp_path)
+    with pytest.raises(UserError, match="both a name on the hub and a file"):
+        altsight.load(f"hf:some/name={tmp_path}")
+
+
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     saved("ViT", tmp_path / "relu", intermediate_size=128, hidden_act="relu")
     with pytest.raises(UserError, match="activation 'relu'"):
