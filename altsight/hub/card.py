@@ -35,10 +35,10 @@ class Origin:
 
 
 def of_run(directory: Path, results: Path | None = None) -> Origin:
-    """Return the origin of a run's weights, from its run.json, summary.json and results.json.
+    """Return the origin of a run's weights, from its run.json and summary.json.
 
     Args:
-        results: a file that `altsight eval --out` wrote; None: results.json in the folder, if there is one.
+        results: a file that `altsight eval --out` or a study wrote.
 
     Raises:
         UserError: a file is damaged, or `results` does not exist.
@@ -54,8 +54,7 @@ def of_run(directory: Path, results: Path | None = None) -> Origin:
             "precision": summary["precision"],
             "FLOPs": f"{summary['flops']:.3g}",
         }
-    file = results or directory / "results.json"
-    numbers = of_results(file) if results or file.exists() else ()
+    numbers = of_results(results, str(directory)) if results else ()
     sentence = f"Pre-trained with Altsight's method `{run['name']}`."
     return Origin(sentence, facts, json.dumps(run, indent=1), numbers)
 
@@ -65,21 +64,30 @@ def of_weights(found: Found, source: str, results: Path | None = None) -> Origin
     facts = {"read from": source}
     if found.left_over:
         facts["left aside"] = f"{len(found.left_over)} tensors ({', '.join(found.left_over[:3])} ...)"
-    numbers = of_results(results) if results else ()
+    numbers = of_results(results, source) if results else ()
     return Origin(f"Recognised as {found.recognised}.", facts, results=numbers)
 
 
-def of_results(path: Path) -> tuple[dict[str, Any], ...]:
-    """Return the results in a file of `altsight eval` or of a study.
+def of_results(path: Path, source: str) -> tuple[dict[str, Any], ...]:
+    """Return the results of the weights at `source` in a file of `altsight eval` or of a study.
 
     Raises:
-        UserError: it does not exist, or holds none.
+        UserError: it does not exist, or holds none, or those of several other weights.
     """
     content: Any = read_json(path)
-    rows = [row for part in content.values() if isinstance(part, list) for row in part] if content else []
-    if not rows or not all(isinstance(row, dict) and "metric" in row for row in rows):
+    by_weights = content if isinstance(content, dict) else {}
+    if len(by_weights) > 1:
+        by_weights = {name: rows for name, rows in by_weights.items() if Path(name) == Path(source)}
+        if not by_weights:
+            raise UserError(f"'{path}' holds results of {', '.join(content)}, and none of '{source}': give its own.")
+    rows = [row for part in by_weights.values() if isinstance(part, list) for row in part]
+    if not rows or not all(isinstance(row, dict) and "metric" in row and _is_value(row.get("value")) for row in rows):
         raise UserError(f"'{path}' holds no results: give a file that `altsight eval --out` wrote.")
     return tuple(row for row in rows if row.get("value") is not None)
+
+
+def _is_value(value: object) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def card(view: View, origin: Origin, library: str, code: str, differences: Mapping[str, float]) -> str:
@@ -96,7 +104,7 @@ def card(view: View, origin: Origin, library: str, code: str, differences: Mappi
         "backbone": f"{config.model}, {parameters / 1e6:.2f} M parameters",
         "images": preprocess.words(),
         "features": f"{READ_AT[view.feature_point]}, {view.encoder.width} wide",
-        "text": "a text tower in the same space" if view.is_dual else "none",
+        "text": _text(view, differences),
     }
     parts = [
         f"---\ntags: [altsight, image-feature-extraction]\nlibrary_name: {library}\n---",
@@ -109,6 +117,13 @@ def card(view: View, origin: Origin, library: str, code: str, differences: Mappi
         f"## Recipe\n\n```json\n{origin.recipe}\n```" if origin.recipe else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _text(view: View, differences: Mapping[str, float]) -> str:
+    if not view.is_dual:
+        return "none"
+    # What is in an export has been compared.
+    return "a text tower in the same space" if "text vectors" in differences else "left behind, with its projections"
 
 
 def _checked(library: str, differences: Mapping[str, float]) -> str:

@@ -44,7 +44,8 @@ def export(source: str, to: str, out: Path, img_size: int = 0, results: Path | N
         source: as `altsight.load` takes it.
         to: a name in `FORMATS`.
         img_size: side of the images in pixels; 0: that of the weights.
-        results: a file that `altsight eval --out` wrote, for the model card.
+        results: a file that `altsight eval --out` wrote, for the model card; None: results.json in the folder of a run,
+            if it has one and keeps its size.
 
     Raises:
         UserError: the format cannot represent the model, or the library computes something else; `out` is then left as
@@ -56,6 +57,9 @@ def export(source: str, to: str, out: Path, img_size: int = 0, results: Path | N
         raise UserError(f"'{out}' is not empty: give --out a folder that does not exist yet.")
     # On the CPU, where all libraries can be compared.
     view, found = describe(source, img_size, device="cpu")
+    own = Path(source) / "results.json"
+    if results is None and is_run(source) and own.exists() and not img_size:
+        results = own
     origin = of_run(Path(source), results) if is_run(source) else of_weights(found, source, results)
     module, library = FORMATS[to]
     writer: Any = import_module(f"altsight.hub.{module}")

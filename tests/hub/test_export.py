@@ -73,6 +73,8 @@ def test_a_run_in_every_format(clip_run: Path, exported: dict[str, Exported], to
     assert max(done.differences.values()) <= 1e-5
     card = (done.folder / "README.md").read_text()
     assert "method `clip`" in card and "[0.4, 0.6]" in card and '"name": "clip"' in card and "| data hash |" in card
+    behind = "left behind" if to in ("timm", "safetensors") else "a text tower in the same space"
+    assert f"| text | {behind}" in card
     if to in ("openclip", "huggingface"):
         before, after = altsight.load(clip_run), altsight.load(done.folder)
         assert (before.encode_text(["a dog"]) - after.encode_text(["a dog"])).abs().max() <= 1e-5
@@ -144,7 +146,23 @@ def test_wrong_use_is_refused_in_one_line(vit_file: Path, tmp_path: Path) -> Non
     (tmp_path / "r.json").write_text("{}")
     with pytest.raises(UserError, match="holds no results"):
         export(str(vit_file), "timm", tmp_path / "out", results=tmp_path / "r.json")
+    row = {"metric": "top-1", "value": 0.5}
+    for content in ([row], "x", {"run": [row | {"value": "high"}]}):
+        (tmp_path / "r.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match="holds no results"):
+            export(str(vit_file), "timm", tmp_path / "out", results=tmp_path / "r.json")
+    (tmp_path / "r.json").write_text(json.dumps({"a": [row], "b": [row]}))
+    with pytest.raises(UserError, match="holds results of a, b, and none of"):
+        export(str(vit_file), "timm", tmp_path / "out", results=tmp_path / "r.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_has_the_numbers_of_its_own_weights(vit_file: Path, tmp_path: Path) -> None:
+    found = {name: [{"metric": "top-1", "value": value}] for name, value in ((str(vit_file), 0.25), ("other", 0.75))}
+    (tmp_path / "r.json").write_text(json.dumps(found))
+    export(str(vit_file), "safetensors", tmp_path / "out", results=tmp_path / "r.json")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| 0.25 |" in card and "0.75" not in card
 
 
 def test_the_commands(vit_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
