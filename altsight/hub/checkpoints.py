@@ -15,11 +15,12 @@ from torch import Tensor
 from altsight.core.errors import UserError
 from altsight.evals.base import Preprocess
 from altsight.hub.fill import filled, timm_point
-from altsight.hub.guess import FAMILIES, Guess, Weights, beit, common, dinov2, is_beit, is_vit, plain_vit
+from altsight.hub.guess import FAMILIES, Guess, Weights, beit, common, dinov2, heads_of, is_beit, is_vit, plain_vit
 from altsight.hub.model import Found, Model
 from altsight.hub.source import Source
+from altsight.hub.timm import WRAPS
 
-PREFIXES = ("module.base_encoder.", "module.backbone.", "backbone.", "encoder.", "module.", "")
+PREFIXES = ("module.base_encoder.", "module.backbone.", "backbone.", "encoder.", *WRAPS, "")
 """What the names of the encoder begin with; the first that fits: MoCo v3 evaluates its base encoder."""
 
 
@@ -76,6 +77,9 @@ def _of_vit(prefix: str, weights: dict[str, Tensor], content: Mapping[str, objec
         return dinov2(weights)
     weights = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): value for name, value in weights.items()}
     config = plain_vit(weights)
+    width = len(weights["patch_embed.proj.weight"])
+    if width % heads_of(width):
+        raise UserError(f"no weight shows how many heads a ViT {width} wide has: name its model as timm:NAME=FILE.")
     if "base_encoder" in prefix:
         # MoCo v3's ViT-S has 12 heads of 32, where everybody else's has 6.
         config = replace(config, heads=12 if config.width == 384 else config.heads)

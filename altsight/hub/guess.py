@@ -16,8 +16,8 @@ from altsight.nn.init import sincos_2d
 
 Weights = Mapping[str, Tensor]
 TABLE = "relative_position_bias_table"
-HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
-"""Width -> heads of the ViTs whose heads are not 64 wide: So400m, H, g and G. No weight shows the number of heads."""
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
+"""Width -> heads of the ViTs whose heads are not 64 wide: So400m, H, g, G and e. No weight shows how many there are."""
 FAMILIES = {
     "layer1.0.conv1.weight": ("resnet18", "resnet34", "resnet26", "resnet50", "resnet101", "resnet152"),
     "layers.0.blocks.0.attn.qkv.weight": tuple(
@@ -88,7 +88,7 @@ def plain_vit(weights: Weights, model: str = "") -> EncoderConfig:
         patch_size=patch,
         width=width,
         depth=depth(weights),
-        heads=HEADS.get(width, max(width // 64, 1)),
+        heads=heads_of(width),
         registers=weights["reg_token"].shape[1] if "reg_token" in weights else 0,
         layer_scale=1e-5 if scales else None,
         positions="sincos" if _is_sincos(weights, width, side) else "learned",
@@ -130,6 +130,11 @@ def beit(weights: dict[str, Tensor]) -> Guess:
     )
     name = "BEiT, fine-tuned" if tuned else "BEiT, pre-trained"
     return Guess(name, config, converted(weights, config), "pooled" if tuned else "mean")
+
+
+def heads_of(width: int) -> int:
+    """Return how many heads a ViT of this width has by custom."""
+    return HEADS.get(width, max(width // 64, 1))
 
 
 def depth(weights: Weights) -> int:

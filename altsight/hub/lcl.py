@@ -6,6 +6,7 @@ import math
 
 from altsight.evals.base import Preprocess
 from altsight.hub.fill import filled
+from altsight.hub.guess import heads_of
 from altsight.hub.model import Found, Model
 from altsight.hub.source import Source
 from altsight.hub.timm import converted
@@ -36,7 +37,7 @@ def read(source: Source) -> Model:
         patch_size=patch,
         width=width,
         depth=len(layers),
-        heads=max(width // 64, 1),
+        heads=heads_of(width),
         positions="learned",
         normalization="clip",
     )

@@ -17,9 +17,10 @@ from altsight.data.text import Tokenizer
 from altsight.data.views import normalization_of, statistics
 from altsight.evals.base import Preprocess
 from altsight.hub.clip_tokenizer import clip_tokenizer
+from altsight.hub.guess import heads_of
 from altsight.hub.hf_tokenizer import hf_tokenizer
 from altsight.hub.model import Found, Model
-from altsight.hub.names import adopt, need_all
+from altsight.hub.names import adopt, need_all, ratio_of
 from altsight.hub.openclip_resnet import settings_of as resnet_settings
 from altsight.hub.openclip_towers import image_side, text_side, transposed
 from altsight.hub.source import Source
@@ -176,7 +177,7 @@ def _off_shapes(weights: Mapping[str, Tensor], quick_gelu: bool) -> dict[str, An
         "width": text_width,
         "heads": text_width // 64,
         "layers": _depth(weights, f"{text}transformer.resblocks."),
-        "mlp_ratio": len(weights[f"{text}transformer.resblocks.0.mlp.c_fc.weight"]) / text_width,
+        "mlp_ratio": ratio_of(len(weights[f"{text}transformer.resblocks.0.mlp.c_fc.weight"]), text_width),
     }
     embed_dim = weights[f"{text}text_projection"].shape[1]
     return {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": language, "quick_gelu": quick_gelu}
@@ -190,7 +191,8 @@ def _vit_off_shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "patch_size": patch,
         "width": width,
         "layers": _depth(weights, "visual.transformer.resblocks."),
-        "mlp_ratio": len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]) / width,
+        "head_width": width // heads_of(width),
+        "mlp_ratio": ratio_of(len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]), width),
         "no_ln_pre": "visual.ln_pre.weight" not in weights,
         "ls_init_value": 1.0 if "visual.transformer.resblocks.0.ls_1.gamma" in weights else None,
     }

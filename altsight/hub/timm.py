@@ -37,6 +37,10 @@ POINT = "feature_point"
 """Entry of a folder's config.json that timm passes over: where Altsight read the features before it wrote them."""
 
 
+WRAPS = ("module.", "_orig_mod.", "model.")
+"""What training on several devices, compiling and Lightning put before the name of every weight."""
+
+
 def recognises(source: Source) -> bool:
     """Return whether `source` names a model of timm, or is a folder that timm saved."""
     return source.scheme == "timm" or "architecture" in source.json("config.json")
@@ -54,7 +58,12 @@ def read(source: Source) -> Model:
         return _of_folder(source)
     config, cfg = described(source.model), pretrained_cfg(source.model)
     recognised = f"a file of weights of timm's {source.model}"
-    return _model(recognised, config, cfg, converted(source.weights, config), source.given)
+    return _model(recognised, config, cfg, converted(_bare(source.weights), config), source.given)
+
+
+def _bare(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = next((prefix for prefix in WRAPS if all(name.startswith(prefix) for name in weights)), "")
+    return {name.removeprefix(prefix): value for name, value in weights.items()}
 
 
 def _of_folder(source: Source) -> Model:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import altsight
 from altsight.core.errors import UserError
 from altsight.hub.load import load_model
+from altsight.hub.source import parse
 from altsight.nn.init import sincos_2d
 
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "num_classes": 0}
@@ -209,6 +211,42 @@ def test_what_is_no_encoder_is_refused_in_one_line(tmp_path: Path, content: Any,
     with pytest.raises(UserError) as caught:
         altsight.load(str(path))
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model."])
+def test_what_stands_before_all_names_is_passed_over(tmp_path: Path, prefix: str) -> None:
+    theirs = model()
+    path = saved({f"{prefix}{name}": value for name, value in theirs.state_dict().items()}, tmp_path / "x.pth")
+    assert load_model(str(path)).found.left_over == ()
+    named = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    path = saved({f"{prefix}{name}": value for name, value in named.items()}, tmp_path / "named.pth")
+    assert load_model(f"timm:vit_tiny_patch16_224={path}").found.left_over == ()
+
+
+def test_which_of_the_files_in_a_folder_is_read(tmp_path: Path) -> None:
+    saved(model().state_dict(), tmp_path / "epoch_1.pth")
+    assert load_model(str(tmp_path)).encoder.is_vit
+    saved(model().state_dict(), tmp_path / "epoch_9.pth")
+    with pytest.raises(UserError, match=r"holds 2 files of weights \(epoch_1.pth, epoch_9.pth\)"):
+        load_model(str(tmp_path))
+    saved(model().state_dict(), tmp_path / "pytorch_model.bin")
+    saved({"lr": 0.1}, tmp_path / "training_args.bin")
+    assert load_model(str(tmp_path)).encoder.is_vit
+    # As OpenCLIP's folders on the hub are.
+    for number, name in enumerate(("open_clip_model", "model")):
+        save_file({"w": torch.tensor(number)}, tmp_path / f"{name}.safetensors")
+    assert parse(str(tmp_path)).weights["w"] == 0
+
+
+def test_a_width_that_shows_no_heads_and_sizes_that_are_none_are_refused(tmp_path: Path) -> None:
+    odd = timm.create_model("vit_tiny_patch16_224", embed_dim=200, num_heads=4, depth=1, num_classes=0)
+    with pytest.raises(UserError, match="a ViT 200 wide has"):
+        load_model(str(saved(odd.state_dict(), tmp_path / "odd.pth")))
+    path = str(saved(model().state_dict(), tmp_path / "x.pth"))
+    side = load_model(path).encoder.patch_size
+    for size in (-side, side + 1):
+        with pytest.raises(UserError, match=f"--img-size {size} is no whole number of patches"):
+            altsight.load(path, img_size=size)
 
 
 def test_a_file_that_is_cut_or_lacks_weights_is_refused(tmp_path: Path) -> None:

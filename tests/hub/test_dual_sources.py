@@ -16,6 +16,7 @@ import altsight
 from altsight.core.errors import UserError
 from altsight.evals.load import view_of
 from altsight.hub import huggingface_write, openclip_write
+from altsight.hub.guess import heads_of
 from altsight.hub.load import load_model
 from altsight.hub.model import Model
 from altsight.methods.align import ALIGN
@@ -62,6 +63,24 @@ def test_openais_archive_is_read_with_its_activation(tmp_path: Path) -> None:
     assert model.found.left_over == ("attn_mask", "context_length", "input_resolution", "vocab_size")
     assert model.encoder.config.quick_gelu and model.encoder.heads == 2
     assert model.preprocess.normalization == "clip"
+    equal(model, other)
+
+
+def test_the_heads_of_every_vit_of_open_clip_show_in_its_width() -> None:
+    import open_clip
+
+    visions = [open_clip.get_model_config(name)["vision_cfg"] for name in open_clip.list_models()]
+    own = [vision for vision in visions if isinstance(vision.get("layers"), int) and "timm_model_name" not in vision]
+    assert {heads_of(vision["width"]) * vision.get("head_width", 64) - vision["width"] for vision in own} == {0}
+    assert {vision.get("head_width", 64) for vision in own} >= {64, 80, 88, 104}
+
+
+def test_a_bare_file_with_wide_heads_is_read(tmp_path: Path) -> None:
+    wide = {"width": 1280, "head_width": 80, "layers": 1, "image_size": 32}
+    other = theirs(settings(wide, {"width": 128, "heads": 2}))
+    torch.save(other.state_dict(), tmp_path / "vit_h.pt")
+    model = load_model(str(tmp_path / "vit_h.pt"))
+    assert model.encoder.heads == 16
     equal(model, other)
 
 
