@@ -173,6 +173,9 @@ def test_mistakes_are_one_sentence(data: Path, clip: str, capsys: pytest.Capture
     fails(capsys, [*asked, "--data", folder, "--classes", str(data / "no.txt")], "no.txt", "cannot be read")
     fails(capsys, [*asked, "--data", folder, "--templates", "imagnet"], "imagnet")
     fails(capsys, [*asked, "--data", folder, "--evaluators", "knn"], "nothing to measure for knn")
+    (data / "file").write_text("")
+    for wrong in (data / "file" / "no.json", data / "test"):
+        fails(capsys, ["eval", clip, "--data", folder, "--out", str(wrong)], "cannot be written to")
     (data / "twice.txt").write_text("owl\nowl\ntit")
     fails(capsys, [*asked, "--data", folder, "--classes", str(data / "twice.txt")], "names two labels 'owl'")
     (data / "few.txt").write_text("owl\ntit")
@@ -185,5 +188,6 @@ def test_zero_shot_without_a_text_tower(mae: str, clip: str, data: Path, capsys:
     asked = ["--data", str(data / "test"), "--evaluators", "zeroshot"]
     fails(capsys, ["eval", mae, *asked], "zeroshot cannot be measured", "no text tower")
     # Beside weights that have one it is a row of the table; what the tasks do not allow is said below.
-    assert run(["eval", mae, clip, *asked, "robustness"]) == 0
+    out = data / "new" / "results.json"
+    assert run(["eval", mae, clip, *asked, "robustness", "--out", str(out)]) == 0 and out.exists()
     assert "n/a" in (shown := capsys.readouterr().out) and "nothing to measure for robustness" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -147,6 +148,8 @@ def evaluate_runs(argv: Sequence[str]) -> int:
     found = {}
     try:
         tasks = open_tasks(options.configs())
+        if options.out is not None:
+            _make_room(options.out)
         for source in options.weights:
             view = replace(load_view(source), store=options.features)
             results = evaluate_shown(view, tasks, options.evaluators or None)
@@ -161,6 +164,18 @@ def evaluate_runs(argv: Sequence[str]) -> int:
     finally:
         dist.stop()
     return 0
+
+
+def _make_room(out: Path) -> None:
+    """Make the folder of the file `out`; UserError where it cannot be written, before hours of evaluation."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the results cannot be written to '{out}' ({error.strerror}): choose another --out.") from None
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UserError(
+            f"the results cannot be written to '{out}', which is no file in a folder of yours: change --out."
+        )
 
 
 NEEDS = "the tasks lack what docs/evaluation.md says that it takes (labels, training images, captions ...)"
