@@ -178,7 +178,9 @@ def _instance(row: dict[str, Any], labels: dict[int, int], picture: Picture, pat
     """Return the object of an annotation; None for a crowd, and for a box without an area."""
     left, top, width, height = map(float, row["bbox"])
     right, bottom = left + width, top + height
-    if min(left, top) < -TOLERANCE or right > picture.width + TOLERANCE or bottom > picture.height + TOLERANCE:
+    edges = (-left, -top, right - picture.width, bottom - picture.height)
+    # A box that is no number is not inside either.
+    if not all(edge <= TOLERANCE for edge in edges):
         raise UserError(
             f"the box {row['bbox']} of annotation {row['id']} in '{path}' lies outside of its image of {picture.width} "
             f"x {picture.height} pixels: boxes are left, top, width, height."
@@ -193,7 +195,9 @@ def _instance(row: dict[str, Any], labels: dict[int, int], picture: Picture, pat
 
 def _check_segmentation(segmentation: Any, number: Any, picture: Picture, path: Path) -> None:
     if isinstance(segmentation, dict):
-        good = list(segmentation["size"]) == [picture.height, picture.width] and "counts" in segmentation
+        counts, size = segmentation["counts"], [picture.height, picture.width]
+        whole = sum(counts) == size[0] * size[1] if isinstance(counts, list) else isinstance(counts, str)
+        good = list(segmentation["size"]) == size and whole
     else:
         good = all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation)
     if not good:

@@ -178,8 +178,14 @@ def classes_of(folder: Path, file: str = "") -> tuple[str, ...]:
 
 def _official_names(path: Path) -> tuple[str, ...]:
     """Return the first of each class's names, which stand in the last column of the table."""
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
-    return tuple(re.split("[,;]", row[-1])[0].strip() for row in rows)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the class file '{path}' cannot be read ({error}).") from None
+    names = tuple(re.split("[,;]", line.split("\t")[-1])[0].strip() for line in lines[1:] if line.strip())
+    if not names:
+        raise UserError(f"the class file '{path}' names no class.")
+    return names
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -106,6 +106,11 @@ WRONG: list[tuple[Table | str, str]] = [
         "annotation 1 .* is of the category 1, which is not",
     ),
     (changed(lambda t: t["annotations"][0].update(bbox=[25, 3, 10, 6])), "lies outside of its image of 30 x 20"),
+    (changed(lambda t: t["annotations"][0].update(bbox=[float("nan"), 3, 1, 6])), "lies outside of its image of 30"),
+    *(
+        (changed(lambda t, c=c: t["annotations"][0].update(segmentation={"size": [20, 30], "counts": c})), "mask of")
+        for c in ([599], None)
+    ),
     (changed(lambda t: t["annotations"][0].update(segmentation=[[1, 2, 3]])), "neither polygons nor run lengths"),
     (
         changed(lambda t: t["annotations"][0].update(segmentation={"size": [9, 9], "counts": [81]})),

@@ -214,5 +214,9 @@ def test_ade20ks_own_table_of_classes(tmp_path: Path) -> None:
     table = "Idx\tRatio\tTrain\tVal\tName\n1\t0.1576\t11664\t1172\twall\n2\t0.1072\t6046\t612\tbuilding, edifice\n"
     (tmp_path / "objectInfo150.txt").write_text(table)
     assert classes_of(tmp_path) == ("wall", "building")
+    for damaged in (b"", b"\xff"):
+        (tmp_path / "objectInfo150.txt").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"the class file .*objectInfo150\.txt'"):
+            classes_of(tmp_path)
     (tmp_path / "mine.txt").write_text("sky\n")
     assert classes_of(tmp_path, str(tmp_path / "mine.txt")) == ("sky",)
