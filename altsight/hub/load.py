@@ -84,7 +84,9 @@ def _read(reader: Any, found: Source) -> Model:
 
 def _sized(encoder: Encoder, img_size: int) -> Encoder:
     patch = encoder.patch_size if encoder.is_vit and img_size != encoder.config.img_size else 1
-    if img_size < 1 or img_size % patch:
+    if img_size < 1:
+        raise UserError(f"--img-size {img_size} is no size: give the side of the images in pixels.")
+    if img_size % patch:
         lower = max(img_size // patch, 1) * patch
         raise UserError(
             f"--img-size {img_size} is no whole number of patches of {patch} pixels: use {lower} or {lower + patch}."

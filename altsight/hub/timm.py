@@ -26,6 +26,7 @@ ARGUMENTS = {
     "embed_dim": "width",
     "depth": "depth",
     "num_heads": "heads",
+    "mlp_ratio": "mlp_ratio",
     "reg_tokens": "registers",
     "init_values": "layer_scale",
     "global_pool": "global_pool",

@@ -16,6 +16,7 @@ from altsight.core.config import write_json
 from altsight.core.errors import UserError
 from altsight.data.views import statistics
 from altsight.evals.base import View
+from altsight.hub.names import ratio_of
 from altsight.hub.parity import largest, pictures
 from altsight.hub.timm import ARGUMENTS, POINT, pretrained_cfg
 from altsight.nn.backbone import TRANSFORMERS, family, has_fixed_size
@@ -32,6 +33,8 @@ with torch.inference_mode():
     features = {call}
 print(features.shape)
 """
+CLIP = "vit_base_patch16_clip_224"
+"""timm's plain ViT with a norm before the blocks and 1e-5 in its layer norms, which no argument can name."""
 READINGS: dict[str, tuple[str, Callable[[Any, Tensor], Tensor]]] = {
     "head": ("model(image)", lambda model, image: model(image)),
     "cls": ("model.forward_features(image)[:, 0]", lambda model, image: model.forward_features(image)[:, 0]),
@@ -61,6 +64,8 @@ def write(view: View, folder: Path) -> None:
     encoder = view.encoder
     if encoder.relative is None:
         architecture, arguments, state = encoder.config.model, _arguments(view), encoder.backbone.state_dict()
+        if _is_clip(encoder):
+            architecture, arguments = CLIP, arguments | _sizes(encoder)
     else:
         architecture, arguments, state = "beit_base_patch16_224", *_as_beit(encoder)
     preprocess = view.preprocess
@@ -147,6 +152,17 @@ def _arguments(view: View) -> dict[str, Any]:
     return arguments
 
 
+def _is_clip(encoder: Encoder) -> bool:
+    plain = type(encoder.backbone) is VisionTransformer and encoder.config.norm_eps == 1e-5
+    return plain and isinstance(encoder.backbone.norm_pre, nn.LayerNorm)
+
+
+def _sizes(encoder: Encoder) -> dict[str, Any]:
+    blocks = encoder.backbone.blocks
+    sizes = {"patch_size": encoder.patch_size, "embed_dim": encoder.width, "num_heads": encoder.heads}
+    return sizes | {"depth": len(blocks), "mlp_ratio": ratio_of(blocks[0].mlp.fc1.out_features, encoder.width)}
+
+
 def _as_beit(encoder: Encoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return arguments and weights of timm's BEiT that computes the same.
 
@@ -164,8 +180,7 @@ def _as_beit(encoder: Encoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "blocks and the exact GELU: export to onnx or safetensors."
         )
     arguments = {theirs: getattr(config, own) for theirs, own in ARGUMENTS.items() if own in ("img_size", "patch_size")}
-    arguments |= {"patch_size": encoder.patch_size, "embed_dim": encoder.width, "num_heads": encoder.heads}
-    arguments |= {"depth": len(encoder.backbone.blocks), "global_pool": "token"}
+    arguments |= _sizes(encoder) | {"global_pool": "token"}
     table = relative.relative_position_bias_table
     state: dict[str, Tensor] = {}
     for name, value in encoder.backbone.state_dict().items():

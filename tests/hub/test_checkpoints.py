@@ -244,8 +244,8 @@ def test_a_width_that_shows_no_heads_and_sizes_that_are_none_are_refused(tmp_pat
         load_model(str(saved(odd.state_dict(), tmp_path / "odd.pth")))
     path = str(saved(model().state_dict(), tmp_path / "x.pth"))
     side = load_model(path).encoder.patch_size
-    for size in (-side, side + 1):
-        with pytest.raises(UserError, match=f"--img-size {size} is no whole number of patches"):
+    for size, words in ((-side, "is no size"), (side + 1, "is no whole number of patches")):
+        with pytest.raises(UserError, match=f"--img-size {size} {words}"):
             altsight.load(path, img_size=size)
 
 

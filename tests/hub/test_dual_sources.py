@@ -84,6 +84,18 @@ def test_a_bare_file_with_wide_heads_is_read(tmp_path: Path) -> None:
     equal(model, other)
 
 
+def test_the_image_side_of_clip_is_written_for_timm(tmp_path: Path) -> None:
+    """Its layer norms add 1e-5, and its feed-forward is as wide as it likes."""
+    torch.save(theirs(WIDE).state_dict(), tmp_path / "plain.pt")
+    wide = settings({"width": 128, "head_width": 64, "mlp_ratio": 2.5}, {"width": 128, "heads": 2})
+    torch.save(theirs(wide).state_dict(), tmp_path / "wide.pt")
+    for name in ("plain", "wide"):
+        done = altsight.export(tmp_path / f"{name}.pt", to="timm", out=tmp_path / name)
+        assert max(done.differences.values()) <= 1e-6
+        before, after = altsight.load(tmp_path / f"{name}.pt"), altsight.load(tmp_path / name)
+        assert (before.features(pixels(64)) - after.features(pixels(64))).abs().max() <= 1e-6
+
+
 def test_openais_resnet_is_read_off_its_shapes(tmp_path: Path) -> None:
     size = {"layers": [3, 4, 6, 3], "width": 64, "head_width": 64, "patch_size": None, "image_size": 224}
     other = theirs(settings(size, {"width": 128}, quick_gelu=True, embed_dim=1024))
