@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from PIL import Image
 
 from altsight.cli import run
+from altsight.commands.study import print_results
 from altsight.data.prepared import open_prepared
 from altsight.evals import corrupted, fewshot
+from altsight.evals.base import Result
 from altsight.train.loop import pretrain
 from tests.contract.tiny import tiny_run
 from tests.test_cli import fails
@@ -191,3 +194,16 @@ def test_zero_shot_without_a_text_tower(mae: str, clip: str, data: Path, capsys:
     out = data / "new" / "results.json"
     assert run(["eval", mae, clip, *asked, "robustness", "--out", str(out)]) == 0 and out.exists()
     assert "n/a" in (shown := capsys.readouterr().out) and "nothing to measure for robustness" in shown
+
+
+def test_no_number_is_cut_off_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    found = Result(
+        "samples:emoji/test", "attentive_probe", "top1 of half the classes", 0.5, 0.25, 0.75, 0.125, note="a note"
+    )
+    print_results({"runs/clip": [asdict(found)]})
+    printed = capsys.readouterr().out
+    assert "0.5000 [0.2500, 0.7500]" in printed and "0.1250" in printed and "\u2026" not in printed
+    assert max(map(len, printed.splitlines())) <= 80

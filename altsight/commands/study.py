@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -203,11 +204,13 @@ def _require_a_number(found: dict[str, list[dict[str, Any]]], evaluators: Sequen
 def print_results(found: dict[str, list[dict[str, Any]]]) -> None:
     """Print a table of results for each of the weights: weights -> the fields of each `Result`."""
     for source, results in found.items():
-        table = Table("task", title=source, title_justify="left")
-        for name in ("evaluator", "metric"):
+        table = Table(title=source, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        # Where the terminal is narrow, words go on in the next line, and no number is cut off.
+        for name in ("task", "evaluator", "metric"):
+            table.add_column(name, overflow="fold")
+        for name in ("value [95 % interval]", "chance"):
             table.add_column(name, no_wrap=True)
-        for name in ("value [95 % interval]", "chance", "note"):
-            table.add_column(name)
+        table.add_column("note", overflow="fold")
         for r in results:
             value = "n/a" if r["value"] is None else f"{r['value']:.4f}"
             interval = "" if r["low"] is None else f" [{r['low']:.4f}, {r['high']:.4f}]"
