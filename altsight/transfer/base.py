@@ -62,7 +62,16 @@ class FitConfig:
     """The training stops when more than this share of the samples had to be replaced."""
 
     def samples(self, size: int) -> int:
-        """Return the samples seen in training on a set of `size`: whole batches, at least one."""
+        """Return the samples seen in training on a set of `size`: whole batches, at least one.
+
+        Raises:
+            UserError: there is nothing to train for.
+        """
+        if self.epochs <= 0 or self.batch < 1:
+            raise UserError(
+                f"{self.epochs:g} epochs in batches of {self.batch} train nothing: set --fit.epochs above 0 and "
+                "--fit.batch to 1 or more."
+            )
         return max(round(self.epochs * size) // self.batch, 1) * self.batch
 
 

@@ -83,6 +83,12 @@ def test_samples_are_whole_batches(epochs: float, size: int, samples: int) -> No
     assert FitConfig(epochs=epochs, batch=32).samples(size) == samples
 
 
+@pytest.mark.parametrize("how", [FitConfig(0, 32), FitConfig(-1, 32), FitConfig(1, 0)])
+def test_no_training_is_refused(how: FitConfig) -> None:
+    with pytest.raises(UserError, match=r"--fit\.epochs above 0 and --fit\.batch"):
+        how.samples(100)
+
+
 def pictures(n: int = 6) -> Tensor:
     view = toy_clip()
     source = Shapes(n, seed=7)
