@@ -38,7 +38,8 @@ def transfer(argv: Sequence[str]) -> int:
         print("\n".join(f"  {name:<15} {text}" for name, (_, text) in TRANSFERS.items()))
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     kind: Any = Options[find(argv[0])]  # type: ignore[misc]
-    about = f"{TRANSFERS[argv[0]][1].capitalize()}."
+    text = TRANSFERS[argv[0]][1]
+    about = f"{text[0].upper()}{text[1:]}."
     options = tyro.cli(kind, args=argv[1:], prog=f"altsight transfer {argv[0]}", description=about)
     try:
         results = options.settings(load_view(options.weights), options.out)

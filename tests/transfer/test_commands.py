@@ -149,6 +149,8 @@ def test_the_help_names_the_settings(name: str, capsys: pytest.CaptureFixture[st
     assert done.value.code == 0
     printed = capsys.readouterr().out
     assert "--out" in printed and "--data" in printed
+    text = TRANSFERS[name][1]
+    assert " ".join(printed.split()).find(text[0].upper() + text[1:].split(" (")[0]) > 0
 
 
 def test_without_a_name_the_transfers_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
