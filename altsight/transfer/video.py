@@ -115,6 +115,12 @@ class Video:
             raise UserError(
                 "classes that are not trained on have vectors by their names only: use --init text, not trained."
             )
+        if self.data is None and self.classes is not None:
+            raise UserError("--classes are those of --data, which is not given: name the test's by --test-classes.")
+        if self.data is not None and self.protocol == "closed" and self.test_classes is not None:
+            raise UserError(
+                "test videos have the classes of --data: leave --test-classes away, or use --protocol zeroshot."
+            )
         if self.data is None and self.shots:
             raise UserError(
                 f"--shots {self.shots} are to be trained on, and there is nothing to draw them from: give --data."
