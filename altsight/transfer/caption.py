@@ -22,7 +22,7 @@ from altsight.nn.gated import Gate
 from altsight.nn.prefix import LanguageSize, language_tokenizer
 from altsight.nn.resample import resized
 from altsight.train.run import weights_hash
-from altsight.transfer.base import FitConfig, fit, prepared_for, with_view
+from altsight.transfer.base import FitConfig, fit, keep_encoder, prepared_for, with_view
 from altsight.transfer.caption_data import CaptionedImages, open_captioned
 from altsight.transfer.captioner import RECIPES, Captioner, CaptionerConfig, DecoderKind, build_captioner
 from altsight.transfer.self_critical import ReinforceConfig, SelfCritical, recipe
@@ -51,6 +51,7 @@ class Caption:
     length: int = 40
     """Longest caption in tokens, start and end included."""
     tune_encoder: bool = False
+    """Train the encoder along; what it became lies in encoder.safetensors."""
     freeze_language_model: bool = False
     """Train the MLP alone, as in LLaVA's first stage."""
     fraction: float = 1.0
@@ -100,6 +101,8 @@ class Caption:
         assert isinstance(model, Captioner)
         if self.reinforce_epochs:
             model = self._reinforced(model, train, out / "reinforced")
+        if self.tune_encoder:
+            keep_encoder(view, model.encoder, out)
         captioner = with_view(view, model.encoder, caption=model.caption, batch_size=self.fit.batch)
         written = write_captions(captioner, split, self.decoding)
         if world().is_main:

@@ -204,6 +204,8 @@ def test_captions_are_written_and_scored_and_the_view_stays(view: View, data: tu
     before = weights_hash(view.encoder)
     results = tiny(data, tune_encoder=True)(view, tmp_path)
     assert weights_hash(view.encoder) == before
+    tuned = altsight.load(tmp_path / "encoder.safetensors").encoder
+    assert weights_hash(tuned) != before and tuned.config == view.encoder.config
     assert [r.metric for r in results] == ["bleu1", "bleu2", "bleu3", "bleu4", "cider"]
     for result in results:
         assert result.n == 6 and result.split == "test" and result.extra["references"] == 36
