@@ -140,7 +140,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(
             f"the tokenizer '{name}' cannot be loaded ({str(error).splitlines()[0]}): give a tokenizer.json file, or "
-            "leave --tokenizer away to train one on the captions."
+            "none to train one on the captions."
         ) from None
 
 
