@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from altsight.core.errors import UserError
+from altsight.hub.names import ratio_of
 from altsight.hub.timm import converted, described
 from altsight.nn.encoder import Encoder, EncoderConfig, FeaturePoint
 from altsight.nn.init import sincos_2d
@@ -80,6 +81,7 @@ def plain_vit(weights: Weights, model: str = "") -> EncoderConfig:
     width, patch = weights["patch_embed.proj.weight"].shape[0], weights["patch_embed.proj.weight"].shape[-1]
     side, rows = _side(weights)
     scales = "blocks.0.ls1.gamma" in weights
+    inner = len(weights.get("blocks.0.mlp.fc1.bias", ())) or 4 * width  # gated ones are as wide as their model has them
     without_row = "vit_base_patch14_reg4_dinov2" if "reg_token" in weights else "deit3_base_patch16_224"
     model = model or (without_row if scales and rows == 0 else "vit_base_patch16_224")
     return EncoderConfig(
@@ -89,6 +91,7 @@ def plain_vit(weights: Weights, model: str = "") -> EncoderConfig:
         width=width,
         depth=depth(weights),
         heads=heads_of(width),
+        mlp_ratio=None if inner == 4 * width else ratio_of(inner, width),
         registers=weights["reg_token"].shape[1] if "reg_token" in weights else 0,
         layer_scale=1e-5 if scales else None,
         positions="sincos" if _is_sincos(weights, width, side) else "learned",

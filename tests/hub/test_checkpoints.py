@@ -242,6 +242,9 @@ def test_a_width_that_shows_no_heads_and_sizes_that_are_none_are_refused(tmp_pat
     odd = timm.create_model("vit_tiny_patch16_224", embed_dim=200, num_heads=4, depth=1, num_classes=0)
     with pytest.raises(UserError, match="a ViT 200 wide has"):
         load_model(str(saved(odd.state_dict(), tmp_path / "odd.pth")))
+    wide = {"embed_dim": 1408, "num_heads": 16, "mlp_ratio": 48 / 11, "depth": 1, "img_size": 32}  # ViT-g
+    giant = timm.create_model("vit_tiny_patch16_224", num_classes=0, **wide).state_dict()
+    assert load_model(str(saved(giant, tmp_path / "g.pth"))).encoder.heads == 16
     path = str(saved(model().state_dict(), tmp_path / "x.pth"))
     side = load_model(path).encoder.patch_size
     for size, words in ((-side, "is no size"), (side + 1, "is no whole number of patches")):

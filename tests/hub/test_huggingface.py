@@ -40,6 +40,7 @@ def saved(kind: str, folder: Path, head: str = "Model", **changes: Any) -> Any:
     ("kind", "changes"),
     [
         ("ViT", {"intermediate_size": 128}),
+        ("ViT", {"intermediate_size": 72}),
         ("ViTMAE", {"intermediate_size": 128, "mask_ratio": 0.0}),
         ("Dinov2", {}),
         ("Dinov2", {"use_swiglu_ffn": True, "mlp_ratio": 4, "hidden_size": 192}),
