@@ -206,8 +206,9 @@ def print_results(found: dict[str, list[dict[str, Any]]]) -> None:
     for source, results in found.items():
         table = Table(title=source, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         # Where the terminal is narrow, words go on in the next line, and no number is cut off.
-        for name in ("task", "evaluator", "metric"):
-            table.add_column(name, overflow="fold")
+        table.add_column("task", overflow="fold")
+        table.add_column("evaluator", no_wrap=True)
+        table.add_column("metric", overflow="fold")
         for name in ("value [95 % interval]", "chance"):
             table.add_column(name, no_wrap=True)
         table.add_column("note", overflow="fold")
