@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from altsight.core.dist import world
 
@@ -22,11 +23,12 @@ def progress_bar(transient: bool = False) -> Progress:
     """Return the bar that all long work draws: what, how far, elapsed, time left; drawn by the main rank only."""
     return Progress(
         TextColumn("{task.description:<16}"),
+        # On a narrow terminal the bar gives way, and no number is cut off.
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[note]}"),
         console=console,
         transient=transient,

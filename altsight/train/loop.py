@@ -228,7 +228,7 @@ def _train(
                     line |= _probe(probe, method)
                     meter.restart()
                 log.write(line)
-                log.advance(state.samples_seen, f"loss {last['loss']:.3f}, data wait {line['wait_ms']:.1f} ms a step")
+                log.advance(state.samples_seen, f"loss {last['loss']:.3f}, wait {line['wait_ms']:.1f} ms")
             stop = dist.any_rank(bool(asked))
             if stop or state.samples_seen == samples or state.crossed(run.train.batch, run.train.checkpoint_every):
                 _save(training, directory)
