@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +37,8 @@ Prepare = Callable[[Document, Key], Example | None]
 
 MAX_ATTEMPTS = 100
 """Unusable samples in a row at one position after which the data set is taken to be of no use."""
+GRACE = 3.0
+"""Seconds that a process which decodes goes on after it was asked to end."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,22 @@ def _stalled(doing: str, limit: float) -> UserError:
     )
 
 
+def _outlive_the_signal(worker: int) -> None:
+    """Let a process that decodes go on for a while after SIGTERM, which schedulers send to all processes of a run.
+
+    The run needs its batch to end the step that it is in and to save. A thread waits for the signal, since the main one
+    may be stuck in a read.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def leave() -> None:
+        signal.sigwait({signal.SIGTERM})
+        time.sleep(GRACE)
+        os._exit(0)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
 def check_batch(batch: int, size: int, where: str) -> None:
     """Raise UserError if a global batch of `batch` samples cannot be drawn from the `size` samples at `where`."""
     if batch < 1:
@@ -195,6 +216,7 @@ class Loader:
             batch_size=None,
             sampler=parts,
             num_workers=self.workers,
+            worker_init_fn=_outlive_the_signal,
             pin_memory=self.pin_memory,
             prefetch_factor=4 if self.workers else None,
             timeout=self.limit if self.workers else 0,
