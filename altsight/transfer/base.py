@@ -175,17 +175,21 @@ class ImageTower(nn.Module):
         super().__init__()
         need_text(view, "a transfer by the names of classes")
         assert view.embed_image is not None
-        self.encoder: Encoder
-        self.embed_image = copy.deepcopy(
-            view.embed_image, {id(view.encoder): (own := resized(view.encoder, **changes))}
-        )
-        self.encoder = own
+        self.encoder = resized(view.encoder, **changes)
+        # The copy's module holds the resized encoder where the view's holds its own.
+        self.embed_image = copy.deepcopy(view.embed_image, {id(view.encoder): self.encoder})
         self.owner: nn.Module = self.embed_image.__self__  # type: ignore[attr-defined]
         freeze_unused(self, self, self.encoder)
 
     def forward(self, encoded: Encoded) -> Tensor:
         """Return the vectors (B, E) of encoded images."""
         return self.embed_image(encoded)
+
+
+def name_of_projection(view: View) -> str:
+    """Return the name of `view.project` in the module that embeds images, as in an `ImageTower`'s owner; "" if none."""
+    owner: nn.Module = view.embed_image.__self__  # type: ignore[union-attr]
+    return next((name for name, module in owner.named_modules() if module is view.project), "")
 
 
 @torch.enable_grad()

@@ -38,7 +38,7 @@ from altsight.methods.mae import inference
 from altsight.methods.simmim import fill_in, masked_l1_sum
 from altsight.nn.init import normal, reset
 from altsight.nn.momentum import Teacher
-from altsight.transfer.base import ImageTower
+from altsight.transfer.base import ImageTower, name_of_projection
 
 MANY_CLASSES = 512
 """From so many classes on, a batch is too small to use all of them, and the mean prediction is a running one."""
@@ -278,10 +278,8 @@ def _check_mask(config: MUSTConfig, view: View) -> None:
 
 def _projection(view: View, tower: ImageTower) -> nn.Module:
     """Return the map of `tower` from tokens to the joint space, the copy of `view.project`."""
-    original: nn.Module = view.embed_image.__self__  # type: ignore[union-attr]
-    for name, module in original.named_modules():
-        if view.project is not None and module is view.project:
-            return tower.owner.get_submodule(name)
+    if name := name_of_projection(view):
+        return tower.owner.get_submodule(name)
     raise UserError(
         f"'{view.name}' has no map of single patches to the joint space, so they cannot be aligned with their image: "
         "set --must.mask-ratio 0."

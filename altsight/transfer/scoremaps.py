@@ -20,7 +20,7 @@ from altsight.nn.encoder import Encoded, Encoder
 from altsight.nn.prompts import LearnedPrompts
 from altsight.nn.semantic_fpn import SemanticFPN
 from altsight.nn.text import TextTower
-from altsight.transfer.base import ImageTower
+from altsight.transfer.base import ImageTower, name_of_projection
 
 Prompting = Literal["post", "pre", "none"]
 """Where the image changes the classes' vectors: after the text tower (t + gamma v), before it, or nowhere."""
@@ -144,11 +144,10 @@ def projection_of(view: View, tower: ImageTower) -> nn.Module:
 
 def _name_of_projection(view: View) -> str:
     """Return the name of that map in the module that embeds images; empty where it has none."""
-    owner: nn.Module = view.embed_image.__self__  # type: ignore[union-attr]
     if view.feature_point == "pooled":
+        owner: nn.Module = view.embed_image.__self__  # type: ignore[union-attr]
         # A view says nothing of tokens then, but what an attention pool returns for a place is projected alike.
         attends = isinstance(getattr(view.encoder.backbone, "head", None), AttentionPool2d)
         found = isinstance(getattr(owner, "image_projection", None), nn.Module)
         return "image_projection" if attends and found else ""
-    names = [name for name, module in owner.named_modules() if module is view.project]
-    return names[0] if names else ""
+    return name_of_projection(view)
