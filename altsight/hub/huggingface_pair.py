@@ -18,24 +18,12 @@ from altsight.hub.huggingface_forms import OTHERS, filled, siglip_text, split_ou
 from altsight.hub.model import Found, Model
 from altsight.hub.names import Names, adopt, need_all
 from altsight.hub.source import Source
+from altsight.hub.timm import ARGUMENTS
 from altsight.nn.backbone import has_fixed_size
 from altsight.nn.encoder import Encoder, EncoderConfig, FeaturePoint
 from altsight.nn.text import TextTower
 
 MODEL_TYPE = "vision-text-dual-encoder"
-ARGUMENTS = {
-    "img_size": "img_size",
-    "patch_size": "patch_size",
-    "embed_dim": "width",
-    "depth": "depth",
-    "num_heads": "heads",
-    "mlp_ratio": "mlp_ratio",
-    "init_values": "layer_scale",
-    "reg_tokens": "registers",
-    "pre_norm": "pre_norm",
-    "global_pool": "global_pool",
-}
-"""timm's arguments, and the settings of an encoder that they are."""
 POOLS: dict[FeaturePoint, dict[str, Any]] = {
     "cls": {"global_pool": "token"},
     # Without fc_norm timm would move the last norm behind the mean.
